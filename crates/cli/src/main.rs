@@ -1,0 +1,2 @@
+//! The `specforge` command.
+fn main() {}

@@ -1,0 +1,169 @@
+//! Chat templates known by name: the strings that begin and end the turns. A data table, extended by a file of
+//! the same form.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::conversation::Message;
+use crate::error::{Error, Result};
+
+/// The entries that come with the program.
+const BUILT_IN: &str = include_str!("named.toml");
+
+/// Strings of one chat template. Field by field explained at the top of the table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NamedTemplate {
+    /// Text that begins an assistant turn; what follows is supervised.
+    pub assistant_header: String,
+    /// Texts after the header that still belong to the prompt.
+    #[serde(default)]
+    pub after_header: Vec<String>,
+    /// Text that begins a user turn.
+    #[serde(default)]
+    pub user_header: String,
+    /// Texts that end a turn and are supervised with it.
+    #[serde(default)]
+    pub end_of_turn: Vec<String>,
+    /// Texts that end a turn and are not supervised.
+    #[serde(default)]
+    pub stop: Vec<String>,
+    /// Texts inside a turn that are not supervised.
+    #[serde(default)]
+    pub ignore: Vec<String>,
+    /// System prompt of conversations that have none.
+    #[serde(default)]
+    pub default_system: Option<String>,
+    /// Whether `reasoning_content`, `name` and `tool_call_id` reach the template.
+    #[serde(default)]
+    pub reasoning: bool,
+    /// Value of the template variable `enable_thinking`, unless the row sets it.
+    #[serde(default)]
+    pub enable_thinking: Option<bool>,
+    /// Rendered in the harmony format.
+    #[serde(default)]
+    pub harmony: bool,
+}
+
+/// Supervised bytes of a text, and the bytes inside them that are not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Spans {
+    /// One range per assistant turn, ascending, without overlap.
+    pub turns: Vec<Range<usize>>,
+    /// Ranges to leave out.
+    pub ignored: Vec<Range<usize>>,
+}
+
+/// The built-in templates, overlaid with those of `extension`, a TOML file of the same form.
+pub fn named_templates(extension: Option<&Path>) -> Result<BTreeMap<String, NamedTemplate>> {
+    let mut table = parse(BUILT_IN, "the built-in table")?;
+    if let Some(path) = extension {
+        table.extend(parse(&fs_err::read_to_string(path)?, &path.display().to_string())?);
+    }
+    Ok(table)
+}
+
+fn parse(text: &str, origin: &str) -> Result<BTreeMap<String, NamedTemplate>> {
+    let table: BTreeMap<String, NamedTemplate> = toml::from_str(text)
+        .map_err(|error| Error::Template { origin: origin.to_owned(), message: error.to_string() })?;
+    let incomplete = table.iter().find(|(_, template)| !template.is_complete());
+    match incomplete {
+        None => Ok(table),
+        Some((name, _)) => Err(Error::Template {
+            origin: origin.to_owned(),
+            message: format!(
+                "[{name}] needs an assistant_header and at least one end_of_turn or stop, none empty"
+            ),
+        }),
+    }
+}
+
+impl NamedTemplate {
+    /// A template that only knows how turns begin and end.
+    pub(crate) fn from_markers(header: &str, after_header: &str, end_of_turn: &str) -> Self {
+        Self {
+            assistant_header: header.to_owned(),
+            after_header: Some(after_header)
+                .filter(|text| !text.is_empty())
+                .map(str::to_owned)
+                .into_iter()
+                .collect(),
+            user_header: String::new(),
+            end_of_turn: vec![end_of_turn.to_owned()],
+            stop: Vec::new(),
+            ignore: Vec::new(),
+            default_system: None,
+            reasoning: true,
+            enable_thinking: None,
+            harmony: false,
+        }
+    }
+
+    /// Finds the assistant turns in a rendered text. A turn without an end runs to the end of the text.
+    pub fn find(&self, text: &str) -> Spans {
+        let mut spans = Spans::default();
+        let mut from = 0;
+        while let Some(header) = text[from..].find(&self.assistant_header) {
+            let mut start = from + header + self.assistant_header.len();
+            let skipped = self.after_header.iter().find(|prefix| text[start..].starts_with(prefix.as_str()));
+            start += skipped.map_or(0, String::len);
+            let end = self.end_of_turn_from(text, start);
+            spans.turns.push(start..end);
+            from = end;
+        }
+        for ignored in &self.ignore {
+            spans
+                .ignored
+                .extend(text.match_indices(ignored.as_str()).map(|(at, found)| at..at + found.len()));
+        }
+        spans
+    }
+
+    /// Where the turn whose text starts at `start` ends: after the first end-of-turn text, before the first stop
+    /// text, or at the end of the text.
+    pub(crate) fn end_of_turn_from(&self, text: &str, start: usize) -> usize {
+        let first = |texts: &[String], after: bool| {
+            texts
+                .iter()
+                .filter_map(|end| {
+                    text[start..].find(end.as_str()).map(|at| (at, if after { end.len() } else { 0 }))
+                })
+                .min()
+        };
+        let ends = [first(&self.end_of_turn, true), first(&self.stop, false)];
+        let nearest = ends.into_iter().flatten().min();
+        nearest.map_or(text.len(), |(at, length)| start + at + length)
+    }
+
+    /// Writes a conversation without a Jinja template: begin token, system prompt, then header and content of
+    /// each turn. Other roles have no form here and are left out.
+    pub(crate) fn render_plain(&self, messages: &[Message], bos: &str, generation_prompt: bool) -> String {
+        let mut text = bos.to_owned();
+        for message in messages {
+            match message.role.as_str() {
+                "system" => text.push_str(&message.content),
+                "user" => text.extend([self.user_header.as_str(), &message.content]),
+                "assistant" => {
+                    text.extend([self.assistant_header.as_str(), &message.content]);
+                    text.push_str(self.end_of_turn.first().or(self.stop.first()).map_or("", String::as_str));
+                }
+                _ => {}
+            }
+        }
+        if generation_prompt {
+            text.push_str(&self.assistant_header);
+        }
+        text
+    }
+
+    fn is_complete(&self) -> bool {
+        let all = [&self.after_header, &self.end_of_turn, &self.stop, &self.ignore];
+        let ends = self.end_of_turn.len() + self.stop.len();
+        ends > 0
+            && !self.assistant_header.is_empty()
+            && all.into_iter().flatten().all(|text| !text.is_empty())
+    }
+}

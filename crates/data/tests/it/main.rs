@@ -1,0 +1,12 @@
+//! Tests of the crate: golden cases, the steps of a row, prepared sets, and bad input.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod bad_input;
+mod fixture;
+mod golden_mask;
+mod golden_vocab;
+mod prepared;
+mod prompts;
+mod template;
+mod tokenizer;
+mod vocab;

@@ -1,0 +1,115 @@
+//! What a method is given, and what it gives back.
+
+use std::ops::Range;
+
+use specforge_tensor::Tensor;
+
+use crate::{Error, Result};
+
+/// A packed micro-batch: documents one after the other, no padding. T is the number of tokens.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// The training rows the documents came from, for messages.
+    pub rows: Vec<u64>,
+    /// Each document's tokens, in order and without gaps.
+    pub bounds: Vec<Range<usize>>,
+    /// `[T]`.
+    pub input_ids: Vec<u32>,
+    /// 1 for supervised tokens, `[T]`.
+    pub loss_mask: Vec<u8>,
+    /// `[T]`; as a rule they restart at 0 in every document.
+    pub positions: Vec<u32>,
+    /// The target's captured states, `[T, A · Ht]`: layers ascending.
+    pub hidden_states: Tensor,
+    /// The target's next-token distributions.
+    pub teacher: Teacher,
+    /// What one position of each document weighs in the loss, if not what the method's setting gives.
+    pub position_weight: Option<Vec<f32>>,
+}
+
+/// The target's next-token distributions; entry t is that for the token after t.
+#[derive(Debug, Clone)]
+pub enum Teacher {
+    /// From the last hidden state after the final norm, `[T, Ht]`, and what was kept of the whole vocabulary.
+    LastHidden {
+        /// `[T, Ht]`.
+        hidden: Tensor,
+        /// The best token, `[T]`.
+        argmax: Vec<u32>,
+        /// Log-sum-exp of the logits, `[T]`.
+        logsumexp: Tensor,
+    },
+    /// Logits over the target's vocabulary, `[T, V]`.
+    Logits(Tensor),
+}
+
+/// A sum and the weight it is divided by once all micro-batches (and ranks) are added up.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Ratio {
+    /// The sum.
+    pub sum: f64,
+    /// The weight.
+    pub weight: f64,
+}
+
+impl Ratio {
+    /// The quotient; 0 where nothing was weighed.
+    pub fn value(self) -> f64 {
+        if self.weight > 0.0 { self.sum / self.weight } else { 0.0 }
+    }
+}
+
+impl std::ops::AddAssign for Ratio {
+    fn add_assign(&mut self, other: Self) {
+        self.sum += other.sum;
+        self.weight += other.weight;
+    }
+}
+
+/// A named figure, one value per draft position (test-time-training step).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Metric {
+    /// `loss`, `accuracy`, `acceptance`.
+    pub name: &'static str,
+    /// One ratio per position.
+    pub values: Vec<Ratio>,
+}
+
+/// The loss of a micro-batch: gradients are those of the objective's sum.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loss {
+    /// What is minimised.
+    pub objective: Ratio,
+    /// Figures to show.
+    pub metrics: Vec<Metric>,
+}
+
+impl Batch {
+    /// The number of tokens.
+    pub fn n_tokens(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// Fails unless all parts have the same number of tokens and the documents cover them in order.
+    pub fn check(&self, hidden_width: usize) -> Result<()> {
+        let t = self.n_tokens();
+        let mut end = 0;
+        for bounds in &self.bounds {
+            if bounds.start != end || bounds.end <= bounds.start {
+                return Err(Error::Batch(format!("document {bounds:?} does not follow token {end}")));
+            }
+            end = bounds.end;
+        }
+        let parts = [("documents", end), ("loss mask", self.loss_mask.len()), ("positions", self.positions.len())];
+        for (what, n) in parts {
+            if n != t {
+                return Err(Error::Batch(format!("{what} cover {n} tokens, expected {t}")));
+            }
+        }
+        if self.hidden_states.shape() != [t, hidden_width] {
+            let got = self.hidden_states.shape();
+            return Err(Error::Batch(format!("hidden states have shape {got:?}, expected [{t}, {hidden_width}]")));
+        }
+        Ok(())
+    }
+}

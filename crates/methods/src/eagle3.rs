@@ -1,0 +1,724 @@
+//! EAGLE3 (Li et al., 2025, arXiv 2503.01840) and EAGLE3.1: a one-layer draft over three captured layers of the
+//! target, trained on its own outputs for several steps (test-time training, TTT).
+//!
+//! Shape legend: T packed tokens, L live rows (rows that some loss depends on), R rows with loss over all steps,
+//! H draft width, Ht target width, A captured layers, V target vocabulary, Vd draft vocabulary.
+//!
+//! At TTT step i, row p reads token p+1+i and its own state of the step before (step 0: the target's states of
+//! token p), sits at position p+i, attends to the step-0 keys of rows up to p and to its own keys of steps 1..i,
+//! and is compared with the target's distribution at token p+1+i, which predicts token p+2+i.
+
+mod drafter;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+use specforge_models::{Capture, TargetInfo};
+use specforge_nn::{init, rope::RopeConfig};
+use specforge_tensor::{
+    Attention, AttentionShape, Collected, Device, GroupLoss, KeyValue, LossRows, Objective, ParamId, Params,
+    SoftTargetLoss, Spans, Tape, Tensor, Var, Weight,
+};
+
+use crate::{Batch, DraftMethod, Drafter, Error, Frozen, Loss, Metric, Ratio, Result, Teacher, VocabMap};
+
+/// The method's name.
+pub const NAME: &str = "eagle3";
+
+/// The `[method.eagle3]` table of a recipe. Sizes left out follow the target.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Config {
+    /// Test-time-training steps: how many tokens ahead the draft learns to run on its own outputs.
+    pub ttt_steps: usize,
+    /// Weight of step i: `step-decay^i`.
+    pub step_decay: f64,
+    /// What is minimised: `kl`, `lk-alpha` or `lk-lambda`.
+    pub objective: ObjectiveName,
+    /// `lk-lambda`: factor of the KL weight.
+    pub kl_scale: f64,
+    /// `lk-lambda`: how fast the KL weight falls as acceptance rises.
+    pub kl_decay: f64,
+    /// Which rows carry loss: `aligned` (rows whose input token is supervised, as at serving) or `specforge`
+    /// (shifted back by one token, as SpecForge and the authors' code have it).
+    pub loss_mask: LossMask,
+    /// What a row's loss is divided by: `sequence` (all tokens of its document, so each document counts equally, as
+    /// SpecForge has it for one document a batch) or `supervised` (all supervised tokens count equally).
+    pub normalization: Normalization,
+    /// Tokens the draft's head can name; absent or the target's size: all of them.
+    pub draft_vocab_size: Option<usize>,
+    /// Width H; absent: the target's. A draft of another width cannot share the target's embedding and trains its own.
+    pub hidden_size: Option<usize>,
+    /// Width of the MLP; absent: the target's.
+    pub intermediate_size: Option<usize>,
+    /// Query heads; absent: the target's.
+    pub num_attention_heads: Option<usize>,
+    /// Key-value heads; absent: the target's.
+    pub num_key_value_heads: Option<usize>,
+    /// Width of a head; absent: the target's.
+    pub head_dim: Option<usize>,
+    /// Layers whose outputs are captured (0-based, ascending); absent: `[1, n/2-1, n-4]`.
+    pub capture_layers: Option<Vec<usize>>,
+    /// EAGLE3.1: norm every captured state before `fc`.
+    pub fc_norm: bool,
+    /// EAGLE3.1: feed the normed state to the next step.
+    pub norm_output: bool,
+    /// Standard deviation of fresh weights.
+    pub initializer_range: f64,
+}
+
+/// Names of the objectives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ObjectiveName {
+    /// Cross-entropy against the target's distribution.
+    Kl,
+    /// Minus the log of the acceptance probability.
+    LkAlpha,
+    /// KL and acceptance, weighed by how high the acceptance is.
+    LkLambda,
+}
+
+/// Which rows carry loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossMask {
+    /// The row's input token is supervised.
+    Aligned,
+    /// The token before it is.
+    Specforge,
+}
+
+/// What a row's loss is divided by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Normalization {
+    /// All tokens of its document.
+    Sequence,
+    /// All supervised tokens.
+    Supervised,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            ttt_steps: 7,
+            step_decay: 0.8,
+            objective: ObjectiveName::Kl,
+            kl_scale: 1.0,
+            kl_decay: 1.0,
+            loss_mask: LossMask::Aligned,
+            normalization: Normalization::Sequence,
+            draft_vocab_size: None,
+            hidden_size: None,
+            intermediate_size: None,
+            num_attention_heads: None,
+            num_key_value_heads: None,
+            head_dim: None,
+            capture_layers: None,
+            fc_norm: false,
+            norm_output: false,
+            initializer_range: 0.02,
+        }
+    }
+}
+
+impl Config {
+    /// What to record from the target: the layers, and the last hidden state as the teacher.
+    pub fn capture(&self, target: &TargetInfo) -> Result<Capture> {
+        let Some(layers) = &self.capture_layers else { return Ok(Capture::eagle3_default(target.n_layers)?) };
+        // The last layer's output is never captured by serving engines (sglang-contract: capture at layer entry).
+        let ascending = layers.windows(2).all(|w| w[0] < w[1]);
+        if layers.len() != 3 || !ascending || layers[2] + 1 >= target.n_layers {
+            let reason = format!("expected three ascending layers below {}", target.n_layers.saturating_sub(1));
+            return Err(config_error("capture-layers", format!("{layers:?}"), reason));
+        }
+        Ok(Capture { layers: layers.clone(), last_hidden: true })
+    }
+
+    fn objective(&self) -> Objective {
+        match self.objective {
+            ObjectiveName::Kl => Objective::Kl,
+            ObjectiveName::LkAlpha => Objective::LkAlpha,
+            ObjectiveName::LkLambda => Objective::LkLambda { kl_scale: self.kl_scale, kl_decay: self.kl_decay },
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        if !(1..=32).contains(&self.ttt_steps) {
+            return Err(config_error("ttt-steps", self.ttt_steps.to_string(), "expected 1 to 32".to_owned()));
+        }
+        if !(self.step_decay > 0.0 && self.step_decay <= 1.0) {
+            let reason = "expected above 0 and at most 1".to_owned();
+            return Err(config_error("step-decay", self.step_decay.to_string(), reason));
+        }
+        Ok(())
+    }
+}
+
+fn config_error(key: &str, got: String, reason: String) -> Error {
+    Error::Config { method: NAME, key: key.to_owned(), got, reason }
+}
+
+/// The draft's shape: the keys of its `config.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dims {
+    /// H.
+    pub hidden_size: usize,
+    /// Ht.
+    pub target_hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key-value heads.
+    pub num_key_value_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// V.
+    pub vocab_size: usize,
+    /// Vd.
+    pub draft_vocab_size: usize,
+    /// Epsilon of every RMSNorm.
+    pub rms_norm_eps: f64,
+    /// Rotary embedding.
+    pub rope: RopeConfig,
+    /// Positions the tables cover.
+    pub max_position_embeddings: usize,
+    /// EAGLE3.1: norm every captured state before `fc`.
+    pub fc_norm: bool,
+    /// EAGLE3.1: feed the normed state to the next step.
+    pub norm_output: bool,
+}
+
+/// Captured layers of an EAGLE3 draft.
+const N_CAPTURED: usize = 3;
+
+impl Dims {
+    fn resolve(config: &Config, target: &TargetInfo, draft_vocab_size: usize) -> Result<Self> {
+        let dims = Self {
+            hidden_size: config.hidden_size.unwrap_or(target.hidden_size),
+            target_hidden_size: target.hidden_size,
+            intermediate_size: config.intermediate_size.unwrap_or(target.intermediate_size),
+            num_attention_heads: config.num_attention_heads.unwrap_or(target.n_heads),
+            num_key_value_heads: config.num_key_value_heads.unwrap_or(target.n_kv_heads),
+            head_dim: config.head_dim.unwrap_or(target.head_dim),
+            vocab_size: target.vocab_size,
+            draft_vocab_size,
+            rms_norm_eps: target.rms_norm_eps,
+            rope: RopeConfig::from_json(&target.raw, config.head_dim.unwrap_or(target.head_dim))?,
+            max_position_embeddings: target.max_position_embeddings,
+            fc_norm: config.fc_norm,
+            norm_output: config.norm_output,
+        };
+        dims.check_heads()?;
+        Ok(dims)
+    }
+
+    fn check_heads(&self) -> Result<()> {
+        let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);
+        if kv == 0 || !heads.is_multiple_of(kv) {
+            let reason = format!("expected a divisor of the {heads} attention heads");
+            return Err(config_error("num-key-value-heads", kv.to_string(), reason));
+        }
+        Ok(())
+    }
+
+    /// From an exported `config.json`. Keys it may leave out: `head_dim`, `draft_vocab_size`, `target_hidden_size`.
+    pub fn from_json(config: &serde_json::Value) -> Result<Self> {
+        let optional = |key: &str| config[key].as_u64().map(|n| n as usize);
+        let required = |key: &str| {
+            let reason = format!("expected a positive number, got {}", config[key]);
+            optional(key).filter(|&n| n > 0).ok_or(Error::DraftConfig { key: key.to_owned(), reason })
+        };
+        let (hidden_size, heads) = (required("hidden_size")?, required("num_attention_heads")?);
+        let vocab_size = required("vocab_size")?;
+        let head_dim = optional("head_dim").unwrap_or(hidden_size / heads);
+        let dims = Self {
+            hidden_size,
+            target_hidden_size: optional("target_hidden_size").unwrap_or(hidden_size),
+            intermediate_size: required("intermediate_size")?,
+            num_attention_heads: heads,
+            num_key_value_heads: optional("num_key_value_heads").unwrap_or(heads),
+            head_dim,
+            vocab_size,
+            draft_vocab_size: optional("draft_vocab_size").unwrap_or(vocab_size),
+            rms_norm_eps: config["rms_norm_eps"].as_f64().unwrap_or(1e-6),
+            rope: RopeConfig::from_json(config, head_dim)?,
+            max_position_embeddings: required("max_position_embeddings")?,
+            fc_norm: config["fc_norm"].as_bool().unwrap_or(false),
+            norm_output: config["norm_output"].as_bool().unwrap_or(false),
+        };
+        dims.check_heads()?;
+        Ok(dims)
+    }
+
+    /// Every weight's checkpoint name and shape, in declaration order; the embedding comes first.
+    pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
+        let (h, ht, i) = (self.hidden_size, self.target_hidden_size, self.intermediate_size);
+        let q = self.num_attention_heads * self.head_dim;
+        let kv = self.num_key_value_heads * self.head_dim;
+        let mut weights = vec![
+            ("embed_tokens.weight".to_owned(), vec![self.vocab_size, h]),
+            ("fc.weight".to_owned(), vec![h, N_CAPTURED * ht]),
+            ("midlayer.input_layernorm.weight".to_owned(), vec![h]),
+            ("midlayer.hidden_norm.weight".to_owned(), vec![h]),
+            ("midlayer.self_attn.q_proj.weight".to_owned(), vec![q, 2 * h]),
+            ("midlayer.self_attn.k_proj.weight".to_owned(), vec![kv, 2 * h]),
+            ("midlayer.self_attn.v_proj.weight".to_owned(), vec![kv, 2 * h]),
+            ("midlayer.self_attn.o_proj.weight".to_owned(), vec![h, q]),
+            ("midlayer.post_attention_layernorm.weight".to_owned(), vec![h]),
+            ("midlayer.mlp.gate_proj.weight".to_owned(), vec![i, h]),
+            ("midlayer.mlp.up_proj.weight".to_owned(), vec![i, h]),
+            ("midlayer.mlp.down_proj.weight".to_owned(), vec![h, i]),
+            ("norm.weight".to_owned(), vec![h]),
+            ("lm_head.weight".to_owned(), vec![self.draft_vocab_size, h]),
+        ];
+        if self.fc_norm {
+            weights.extend((0..N_CAPTURED).map(|a| (format!("fc_norm.{a}.weight"), vec![ht])));
+        }
+        weights
+    }
+}
+
+/// The draft's modules, by checkpoint name.
+#[derive(Debug)]
+struct Modules {
+    embed_tokens: ParamId,
+    fc: Weight,
+    fc_norm: Vec<ParamId>,
+    input_layernorm: ParamId,
+    hidden_norm: ParamId,
+    q_proj: Weight,
+    k_proj: Weight,
+    v_proj: Weight,
+    o_proj: Weight,
+    post_attention_layernorm: ParamId,
+    gate_proj: Weight,
+    up_proj: Weight,
+    down_proj: Weight,
+    norm: ParamId,
+    lm_head: ParamId,
+}
+
+impl Modules {
+    fn find(params: &Params, dims: &Dims) -> Result<Self> {
+        let id = |name: &str| {
+            let reason = "missing".to_owned();
+            params.find(name).ok_or(Error::Weight { name: name.to_owned(), reason })
+        };
+        let weight = |name: &str| id(name).map(Weight::of);
+        let fc_norm = if dims.fc_norm { 0..N_CAPTURED } else { 0..0 };
+        Ok(Self {
+            embed_tokens: id("embed_tokens.weight")?,
+            fc: weight("fc.weight")?,
+            fc_norm: fc_norm.map(|a| id(&format!("fc_norm.{a}.weight"))).collect::<Result<_>>()?,
+            input_layernorm: id("midlayer.input_layernorm.weight")?,
+            hidden_norm: id("midlayer.hidden_norm.weight")?,
+            q_proj: weight("midlayer.self_attn.q_proj.weight")?,
+            k_proj: weight("midlayer.self_attn.k_proj.weight")?,
+            v_proj: weight("midlayer.self_attn.v_proj.weight")?,
+            o_proj: weight("midlayer.self_attn.o_proj.weight")?,
+            post_attention_layernorm: id("midlayer.post_attention_layernorm.weight")?,
+            gate_proj: weight("midlayer.mlp.gate_proj.weight")?,
+            up_proj: weight("midlayer.mlp.up_proj.weight")?,
+            down_proj: weight("midlayer.mlp.down_proj.weight")?,
+            norm: id("norm.weight")?,
+            lm_head: id("lm_head.weight")?,
+        })
+    }
+}
+
+/// The method: configuration, shapes, and the frozen tensors it reads. Trained weights are in a [`Params`].
+#[derive(Debug)]
+pub struct Eagle3 {
+    config: Config,
+    dims: Dims,
+    capture: Capture,
+    vocab: VocabMap,
+    modules: Modules,
+    /// The rows of the target's head that the draft vocabulary keeps, `[Vd, Ht]`.
+    teacher_head: Tensor,
+    rope: (Tensor, Tensor),
+    /// Whether the head reads the normed state. Always, but for one of SpecForge's reference cases.
+    head_norm: bool,
+}
+
+impl Eagle3 {
+    /// Builds the draft for a target, with fresh weights drawn from `seed`.
+    pub fn new(
+        config: &Config,
+        target: &TargetInfo,
+        frozen: &Frozen,
+        vocab: VocabMap,
+        seed: u64,
+    ) -> Result<(Self, Params)> {
+        let dims = Dims::resolve(config, target, vocab.len())?;
+        let device = frozen.embedding.device();
+        let mut params = Params::new();
+        for (name, shape) in dims.weights() {
+            if name == "embed_tokens.weight" && frozen.embedding.shape() == shape {
+                params.add(name, frozen.embedding.clone(), false);
+            } else if name.ends_with("norm.weight") || name.starts_with("fc_norm") {
+                params.add(name, init::constant(device, &shape, 1.0)?, true);
+            } else {
+                let value = init::normal(device, &shape, config.initializer_range, seed, &name)?;
+                params.add(name, value, true);
+            }
+        }
+        let method = Self::over(config, dims, config.capture(target)?, frozen, vocab, &params)?;
+        Ok((method, params))
+    }
+
+    /// The method over weights that are already declared in `params` by their checkpoint names.
+    pub fn over(
+        config: &Config,
+        dims: Dims,
+        capture: Capture,
+        frozen: &Frozen,
+        vocab: VocabMap,
+        params: &Params,
+    ) -> Result<Self> {
+        config.check()?;
+        let device = frozen.head.device();
+        let kept = Tensor::from_u32(device, vocab.target_ids().to_vec());
+        let head = Tape::inference(params).input(frozen.head.clone());
+        let teacher_head = Tape::inference(params).gather_rows(&head, &kept)?.value().clone();
+        // Later steps run ahead of their row by up to ttt-steps positions.
+        let rope = dims.rope.tables(device, dims.max_position_embeddings + config.ttt_steps);
+        let modules = Modules::find(params, &dims)?;
+        Ok(Self { config: config.clone(), dims, capture, vocab, modules, teacher_head, rope, head_norm: true })
+    }
+
+    fn attention_shape(&self) -> AttentionShape {
+        AttentionShape {
+            n_heads: self.dims.num_attention_heads,
+            n_kv_heads: self.dims.num_key_value_heads,
+            head_dim: self.dims.head_dim,
+            scale: (self.dims.head_dim as f32).powf(-0.5),
+        }
+    }
+
+    fn eps(&self) -> f32 {
+        self.dims.rms_norm_eps as f32
+    }
+
+    /// The captured states to the draft's width: `g = fc(a)`, each `a` normed first in EAGLE3.1. `[T, H]`.
+    fn project(&self, tape: &Tape<'_>, hidden_states: &Var) -> Result<Var> {
+        let m = &self.modules;
+        if m.fc_norm.is_empty() {
+            return Ok(tape.linear(hidden_states, m.fc.clone())?);
+        }
+        let mut sum: Option<Var> = None;
+        for (a, &norm) in m.fc_norm.iter().enumerate() {
+            let cols = a * self.dims.target_hidden_size..(a + 1) * self.dims.target_hidden_size;
+            let state = tape.columns(hidden_states, cols.clone())?;
+            let part = tape.linear(&tape.rms_norm(&state, norm, self.eps())?, m.fc.columns(cols))?;
+            sum = Some(match sum {
+                Some(sum) => tape.add(&sum, &part)?,
+                None => part,
+            });
+        }
+        Ok(sum.expect("a draft has captured layers"))
+    }
+
+    /// The embedding half of q, k and v for every token, `[T, ..]`: the same at every step but for the row read.
+    fn embedding_half(&self, tape: &Tape<'_>, input_ids: &Tensor) -> Result<[Var; 3]> {
+        let m = &self.modules;
+        let e = tape.embedding(m.embed_tokens, input_ids)?;
+        let e = tape.rms_norm(&e, m.input_layernorm, self.eps())?;
+        let half = |w: &Weight| tape.linear(&e, w.columns(0..self.dims.hidden_size));
+        Ok([half(&m.q_proj)?, half(&m.k_proj)?, half(&m.v_proj)?])
+    }
+
+    /// One projection of q, k or v: the hidden half of normed states `n`, plus the embedding half of row `token`.
+    fn project_half(&self, tape: &Tape<'_>, n: &Var, w: &Weight, half: &Var, token: &Tensor) -> Result<Var> {
+        let h = self.dims.hidden_size;
+        let y = tape.linear(n, w.columns(h..2 * h))?;
+        Ok(tape.add_rows(&y, half, token)?)
+    }
+
+    fn rotate(&self, tape: &Tape<'_>, x: &Var, positions: &Tensor) -> Result<Var> {
+        Ok(tape.rope(x, self.dims.head_dim, (&self.rope.0, &self.rope.1), positions)?)
+    }
+
+    /// Keys and values of normed states `n`.
+    fn key_value(&self, tape: &Tape<'_>, n: &Var, half: &[Var; 3], at: &At) -> Result<KeyValue> {
+        let key = self.project_half(tape, n, &self.modules.k_proj, &half[1], &at.token)?;
+        let value = self.project_half(tape, n, &self.modules.v_proj, &half[2], &at.token)?;
+        Ok(KeyValue { key: self.rotate(tape, &key, &at.position)?, value })
+    }
+
+    /// The rest of the layer for states `h` whose attention is `a`: both residual branches.
+    fn finish_layer(&self, tape: &Tape<'_>, h: &Var, a: &Var) -> Result<Var> {
+        let m = &self.modules;
+        let h = tape.add(h, &tape.linear(a, m.o_proj.clone())?)?;
+        let n = tape.rms_norm(&h, m.post_attention_layernorm, self.eps())?;
+        let (gate, up) = (tape.linear(&n, m.gate_proj.clone())?, tape.linear(&n, m.up_proj.clone())?);
+        Ok(tape.add(&h, &tape.linear(&tape.swiglu(&gate, &up)?, m.down_proj.clone())?)?)
+    }
+
+    /// All TTT steps; returns the states that the head reads for the rows with loss, in the order of `plan.rows`.
+    fn unroll(&self, tape: &Tape<'_>, batch: &Batch, plan: &Plan) -> Result<Var> {
+        let m = &self.modules;
+        let device = batch.hidden_states.device();
+        // 1. Everything that all rows share: projected states, the embedding half, step-0 keys and values.
+        let g = self.project(tape, &tape.input(batch.hidden_states.clone()))?;
+        let half = self.embedding_half(tape, &Tensor::from_u32(device, batch.input_ids.clone()))?;
+        let n = tape.rms_norm(&g, m.hidden_norm, self.eps())?;
+        let base = self.key_value(tape, &n, &half, &plan.all_rows(batch, device))?;
+        // 2. From here on only live rows.
+        let live = Tensor::from_u32(device, plan.live.clone());
+        let (mut h, mut n) = (tape.gather_rows(&g, &live)?, tape.gather_rows(&n, &live)?);
+        let spans = plan.spans(device);
+        let (mut extras, mut states) = (Vec::new(), Vec::new());
+        for step in 0..self.config.ttt_steps {
+            let at = plan.live_rows(batch, step, device);
+            let q = self.project_half(tape, &n, &m.q_proj, &half[0], &at.token)?;
+            let q = self.rotate(tape, &q, &at.position)?;
+            if step > 0 {
+                extras.push((self.key_value(tape, &n, &half, &at)?, None));
+            }
+            let (shape, spans) = (self.attention_shape(), &spans);
+            let a = tape.attention(&Attention { shape, query: &q, base: &base, spans, extras: &extras })?;
+            // 3. This step's output: to the head, and to the next step.
+            let out = self.finish_layer(tape, &h, &a)?;
+            let normed = if self.dims.norm_output { tape.rms_norm(&out, m.norm, self.eps())? } else { out };
+            let [from, to] = plan.places(step).map(|rows| Tensor::from_u32(device, rows));
+            states.push(Collected { source: normed.clone(), from, to });
+            h = normed;
+            n = tape.rms_norm(&h, m.hidden_norm, self.eps())?;
+        }
+        // 4. Only rows with loss go on; ordered by teacher row, so that each teacher row is computed once.
+        let x = tape.collect_rows(states, plan.rows.teacher_row.len())?;
+        if self.dims.norm_output || !self.head_norm {
+            return Ok(x);
+        }
+        Ok(tape.rms_norm(&x, m.norm, self.eps())?)
+    }
+
+    /// The teacher over the draft vocabulary, and what is known of the whole one.
+    fn teacher(&self, teacher: &Teacher) -> Result<TeacherParts> {
+        match teacher {
+            Teacher::LastHidden { hidden, argmax, logsumexp } => Ok(TeacherParts {
+                rows: hidden.clone(),
+                logits: false,
+                argmax: argmax.clone(),
+                logsumexp: logsumexp.clone(),
+            }),
+            Teacher::Logits(logits) => {
+                let stats = Tape::logit_stats(logits)?;
+                let empty = Params::new();
+                let tape = Tape::inference(&empty);
+                let (t, v) = logits.rows_cols();
+                // Columns of the draft vocabulary: rows of the transpose.
+                let values = logits.f32s();
+                let kept = (0..t).flat_map(|r| self.vocab.target_ids().iter().map(move |&c| r * v + c as usize));
+                let pruned: Vec<f32> = kept.map(|i| values[i]).collect();
+                let rows = Tensor::from_f32(logits.device(), pruned, &[t, self.vocab.len()])?;
+                let rows = tape.input(rows).value().clone();
+                let argmax = stats.argmax.u32s().unwrap_or_default().to_vec();
+                Ok(TeacherParts { rows, logits: true, argmax, logsumexp: stats.logsumexp })
+            }
+        }
+    }
+}
+
+/// The teacher of a batch: its last hidden states (or, if `logits`, its logits over the draft vocabulary).
+struct TeacherParts {
+    rows: Tensor,
+    logits: bool,
+    argmax: Vec<u32>,
+    logsumexp: Tensor,
+}
+
+/// The token each row reads and the position it sits at.
+struct At {
+    token: Tensor,
+    position: Tensor,
+}
+
+/// Which rows are computed, and which carry loss at which step.
+struct Plan {
+    /// Rows that some loss depends on, ascending.
+    live: Vec<u32>,
+    /// First token and end of each live row's document.
+    documents: Vec<Range<u32>>,
+    /// Rows with loss, over all steps.
+    rows: LossRows,
+    /// The live row of each row with loss.
+    sources: Vec<u32>,
+    /// The best target token of each row with loss.
+    best: Vec<u32>,
+    /// Supervised rows per step, whether the draft can name their best token or not.
+    supervised: Vec<f64>,
+}
+
+impl Plan {
+    /// Row p carries loss at step i if t = p+1+i is in its document, supervised, and the draft can name the
+    /// target's best token there. Rows are ordered by t, so that all steps that read teacher row t are together.
+    fn new(method: &Eagle3, batch: &Batch, argmax: &[u32]) -> Self {
+        let steps = method.config.ttt_steps;
+        let mask = |t: usize| match method.config.loss_mask {
+            LossMask::Aligned => batch.loss_mask[t] == 1,
+            LossMask::Specforge => batch.loss_mask[t - 1] == 1,
+        };
+        let n_supervised = |b: &Range<usize>| (b.start + 1..b.end).filter(|&t| mask(t)).count();
+        let total_supervised: usize = batch.bounds.iter().map(n_supervised).sum();
+        let (mut rows, mut pairs) = (LossRows::default(), Vec::new());
+        let (mut best, mut supervised) = (Vec::new(), vec![0.0; steps]);
+        let mut document_of = vec![0; batch.n_tokens()];
+        for (d, bounds) in batch.bounds.iter().enumerate() {
+            let given = batch.position_weight.as_ref().map(|w| w[d]);
+            let weight = given.unwrap_or(match method.config.normalization {
+                Normalization::Sequence => 1.0 / bounds.len() as f32,
+                Normalization::Supervised => 1.0,
+            });
+            document_of[bounds.clone()].fill(d);
+            for t in (bounds.start + 1..bounds.end).filter(|&t| mask(t)) {
+                for step in 0..steps.min(t - bounds.start) {
+                    supervised[step] += 1.0;
+                    if method.vocab.draft_id(argmax[t]).is_some() {
+                        pairs.push((t - 1 - step) as u32);
+                        rows.teacher_row.push(t as u32);
+                        rows.group.push(step as u32);
+                        rows.weight.push(weight);
+                        best.push(argmax[t]);
+                    }
+                }
+            }
+        }
+        rows.total_weight = match method.config.normalization {
+            Normalization::Supervised if batch.position_weight.is_none() => total_supervised as f64,
+            _ => batch.bounds.len() as f64,
+        };
+        let mut live = pairs.clone();
+        live.sort_unstable();
+        live.dedup();
+        let place = |p: &u32| live.binary_search(p).expect("every row with loss is live") as u32;
+        let sources = pairs.iter().map(place).collect();
+        let document = |&p: &u32| &batch.bounds[document_of[p as usize]];
+        let documents = live.iter().map(|p| document(p).start as u32..document(p).end as u32).collect();
+        Self { live, documents, rows, sources, best, supervised }
+    }
+
+    /// Step 0 of every row: the token after it in its document (`u32::MAX` at the end), its own position.
+    fn all_rows(&self, batch: &Batch, device: Device) -> At {
+        let mut token: Vec<u32> = (1..=batch.n_tokens() as u32).collect();
+        batch.bounds.iter().for_each(|b| token[b.end - 1] = u32::MAX);
+        let position = Tensor::from_u32(device, batch.positions.clone());
+        At { token: Tensor::from_u32(device, token), position }
+    }
+
+    /// Live rows at a TTT step.
+    fn live_rows(&self, batch: &Batch, step: usize, device: Device) -> At {
+        let step = step as u32;
+        let token = |(&p, d): (&u32, &Range<u32>)| if p + 1 + step < d.end { p + 1 + step } else { u32::MAX };
+        let token = self.live.iter().zip(&self.documents).map(token).collect();
+        let position = self.live.iter().map(|&p| batch.positions[p as usize] + step).collect();
+        At { token: Tensor::from_u32(device, token), position: Tensor::from_u32(device, position) }
+    }
+
+    /// Live rows see the step-0 keys from their document's start up to themselves.
+    fn spans(&self, device: Device) -> Spans {
+        let lo = self.documents.iter().map(|d| d.start).collect();
+        let hi = self.live.iter().map(|p| p + 1).collect();
+        Spans { lo: Tensor::from_u32(device, lo), hi: Tensor::from_u32(device, hi) }
+    }
+
+    /// A step's rows with loss: their live rows, and their places among all rows with loss.
+    fn places(&self, step: usize) -> [Vec<u32>; 2] {
+        let here = self.rows.group.iter().enumerate().filter(|&(_, &group)| group as usize == step);
+        let to: Vec<u32> = here.map(|(i, _)| i as u32).collect();
+        [to.iter().map(|&i| self.sources[i as usize]).collect(), to]
+    }
+}
+
+impl DraftMethod for Eagle3 {
+    fn capture(&self) -> &Capture {
+        &self.capture
+    }
+
+    fn vocab(&self) -> &VocabMap {
+        &self.vocab
+    }
+
+    fn loss(&self, tape: &Tape<'_>, batch: &Batch) -> Result<Loss> {
+        // 1. What the batch is, and which rows matter.
+        batch.check(N_CAPTURED * self.dims.target_hidden_size)?;
+        let longest = batch.positions.iter().max().map_or(0, |&p| p as usize + 1);
+        if longest > self.dims.max_position_embeddings {
+            let limit = self.dims.max_position_embeddings;
+            return Err(Error::Batch(format!("position {} is beyond max_position_embeddings {limit}", longest - 1)));
+        }
+        let teacher = self.teacher(&batch.teacher)?;
+        let plan = Plan::new(self, batch, &teacher.argmax);
+        // 2. The steps.
+        let x = self.unroll(tape, batch, &plan)?;
+        // 3. Head and loss, fused.
+        let group_weight: Vec<f64> = (0..self.config.ttt_steps).map(|i| self.config.step_decay.powi(i as i32)).collect();
+        let stats = tape.soft_target_loss(&SoftTargetLoss {
+            x: &x,
+            head: self.modules.lm_head,
+            teacher: match teacher.logits {
+                true => specforge_tensor::Teacher::Logits(&teacher.rows),
+                false => specforge_tensor::Teacher::Hidden { hidden: &teacher.rows, head: &self.teacher_head },
+            },
+            logsumexp: &teacher.logsumexp,
+            rows: &plan.rows,
+            objective: self.config.objective(),
+            group_weight: &group_weight,
+        })?;
+        // 4. Figures.
+        Ok(self.report(&plan, &stats.groups(), &stats.argmax(), &group_weight))
+    }
+
+    fn drafter<'a>(&'a self, params: &'a Params) -> Result<Box<dyn Drafter + 'a>> {
+        Ok(Box::new(drafter::Eagle3Drafter::new(self, params)))
+    }
+
+    fn export_config(&self) -> BTreeMap<String, serde_json::Value> {
+        let d = &self.dims;
+        let numbers = [
+            ("hidden_size", d.hidden_size),
+            ("intermediate_size", d.intermediate_size),
+            ("num_attention_heads", d.num_attention_heads),
+            ("num_key_value_heads", d.num_key_value_heads),
+            ("head_dim", d.head_dim),
+            ("vocab_size", d.vocab_size),
+            ("draft_vocab_size", d.draft_vocab_size),
+            ("target_hidden_size", d.target_hidden_size),
+            ("max_position_embeddings", d.max_position_embeddings),
+        ];
+        let mut config: BTreeMap<String, serde_json::Value> =
+            numbers.into_iter().map(|(key, n)| (key.to_owned(), n.into())).collect();
+        config.insert("rms_norm_eps".to_owned(), d.rms_norm_eps.into());
+        config.insert("fc_norm".to_owned(), d.fc_norm.into());
+        config.insert("norm_output".to_owned(), d.norm_output.into());
+        config
+    }
+}
+
+impl Eagle3 {
+    fn report(&self, plan: &Plan, groups: &[GroupLoss], argmax: &[u32], group_weight: &[f64]) -> Loss {
+        let weight = plan.rows.total_weight;
+        let mut correct = vec![0.0; groups.len()];
+        for ((&group, &draft), &best) in plan.rows.group.iter().zip(argmax).zip(&plan.best) {
+            correct[group as usize] += f64::from(u8::from(self.vocab.target_ids()[draft as usize] == best));
+        }
+        let metric = |name, value: &dyn Fn(usize) -> Ratio| Metric { name, values: (0..groups.len()).map(value).collect() };
+        let objective = groups.iter().zip(group_weight).map(|(g, w)| g.loss * w).sum();
+        Loss {
+            objective: Ratio { sum: objective, weight },
+            metrics: vec![
+                metric("loss", &|i| Ratio { sum: groups[i].loss, weight }),
+                metric("accuracy", &|i| Ratio { sum: correct[i], weight: plan.supervised[i] }),
+                metric("acceptance", &|i| Ratio { sum: groups[i].acceptance, weight: groups[i].count }),
+            ],
+        }
+    }
+}
+

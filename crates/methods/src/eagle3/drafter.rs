@@ -1,0 +1,147 @@
+//! EAGLE3 while decoding: committed rows with the target's states, and proposals on the draft's own states, at the
+//! positions and with the keys that training's steps had.
+
+use std::ops::Range;
+
+use specforge_tensor::{Attention, KeyValue, Params, Spans, Tape, Tensor, Var, Weight};
+
+use super::{At, Eagle3};
+use crate::{Drafter, Error, Result};
+
+/// A draft decoding one sequence: keys and values of committed rows, and of the nodes proposed on top.
+#[derive(Debug)]
+pub(super) struct Eagle3Drafter<'a> {
+    method: &'a Eagle3,
+    params: &'a Params,
+    base: [Tensor; 2],
+    nodes: [Tensor; 2],
+    /// Parent and depth (from 1) of each node.
+    tree: Vec<(Option<usize>, usize)>,
+    /// The state each node gives its children, `[nodes, H]`; that of the committed rows comes apart.
+    states: Tensor,
+    root: Tensor,
+}
+
+impl<'a> Eagle3Drafter<'a> {
+    pub(super) fn new(method: &'a Eagle3, params: &'a Params) -> Self {
+        let device = method.teacher_head.device();
+        let kv = method.dims.num_key_value_heads * method.dims.head_dim;
+        let empty = |width: usize| Tensor::zeros(device, &[0, width]);
+        Self {
+            method,
+            params,
+            base: [empty(kv), empty(kv)],
+            nodes: [empty(kv), empty(kv)],
+            tree: Vec::new(),
+            states: empty(method.dims.hidden_size),
+            root: empty(method.dims.hidden_size),
+        }
+    }
+
+    fn committed(&self) -> usize {
+        self.base[0].rows_cols().0
+    }
+
+    /// The rest of the layer and the head for states `h` that attend to `base` within `spans` and to `extras`.
+    /// Returns the states for the next step and the logits.
+    fn finish(&self, tape: &Tape<'_>, h: &Var, q: &Var, extras: &[(KeyValue, Option<Tensor>)]) -> Result<(Tensor, Var)> {
+        let (device, n) = (h.value().device(), h.rows_cols().0);
+        let m = self.method;
+        let spans = Spans {
+            lo: Tensor::from_u32(device, vec![0; n]),
+            hi: Tensor::from_u32(device, vec![self.committed() as u32; n]),
+        };
+        let base = KeyValue { key: tape.input(self.base[0].clone()), value: tape.input(self.base[1].clone()) };
+        let (shape, query) = (m.attention_shape(), q);
+        let a = tape.attention(&Attention { shape, query, base: &base, spans: &spans, extras })?;
+        let out = m.finish_layer(tape, h, &a)?;
+        let normed = tape.rms_norm(&out, m.modules.norm, m.eps())?;
+        let logits = tape.linear(&normed, Weight::of(m.modules.lm_head))?;
+        let state = if m.dims.norm_output { normed } else { out };
+        Ok((state.value().clone(), logits))
+    }
+
+    /// For each node, its ancestor (or itself) of every depth up to `depth`, as rows of the nodes' keys.
+    fn ancestors(&self, first: usize, depth: usize) -> Vec<Vec<u32>> {
+        let mut at_depth = vec![Vec::new(); depth];
+        for node in first..self.tree.len() {
+            let mut next = Some(node);
+            while let Some(n) = next {
+                at_depth[self.tree[n].1 - 1].push(n as u32);
+                next = self.tree[n].0;
+            }
+        }
+        at_depth
+    }
+}
+
+/// The rows of a matrix of logits.
+fn logit_rows(logits: &Var) -> Vec<Vec<f32>> {
+    let width = logits.rows_cols().1.max(1);
+    logits.value().f32s().chunks_exact(width).map(<[f32]>::to_vec).collect()
+}
+
+impl Drafter for Eagle3Drafter<'_> {
+    fn commit(&mut self, hidden_states: &Tensor, next_tokens: &[u32]) -> Result<Vec<f32>> {
+        let (m, n) = (self.method, next_tokens.len());
+        if n == 0 || hidden_states.rows_cols().0 != n {
+            let rows = hidden_states.rows_cols().0;
+            return Err(Error::Batch(format!("commit: {rows} rows of states for {n} tokens, expected as many, at least one")));
+        }
+        let device = hidden_states.device();
+        let tape = Tape::inference(self.params);
+        self.tree.clear();
+        self.nodes.iter_mut().for_each(|t| t.truncate_rows(0));
+        self.states.truncate_rows(0);
+        // 1. Keys and values of all new rows.
+        let start = self.committed() as u32;
+        let g = m.project(&tape, &tape.input(hidden_states.clone()))?;
+        let half = m.embedding_half(&tape, &Tensor::from_u32(device, next_tokens.to_vec()))?;
+        let normed = tape.rms_norm(&g, m.modules.hidden_norm, m.eps())?;
+        let rows = |range: Range<u32>| Tensor::from_u32(device, range.collect());
+        let at = At { token: rows(0..n as u32), position: rows(start..start + n as u32) };
+        let kv = m.key_value(&tape, &normed, &half, &at)?;
+        self.base[0].append_rows(kv.key.value())?;
+        self.base[1].append_rows(kv.value.value())?;
+        // 2. The rest of the layer for the last row alone.
+        let last = rows(n as u32 - 1..n as u32);
+        let (h, normed) = (tape.gather_rows(&g, &last)?, tape.gather_rows(&normed, &last)?);
+        let q = m.project_half(&tape, &normed, &m.modules.q_proj, &half[0], &last)?;
+        let q = m.rotate(&tape, &q, &rows(start + n as u32 - 1..start + n as u32))?;
+        let (state, logits) = self.finish(&tape, &h, &q, &[])?;
+        self.root = state;
+        Ok(logit_rows(&logits).swap_remove(0))
+    }
+
+    fn expand(&mut self, nodes: &[(u32, Option<usize>)]) -> Result<Vec<Vec<f32>>> {
+        let (m, device, first) = (self.method, self.root.device(), self.tree.len());
+        let depth = nodes.first().map_or(1, |(_, parent)| parent.map_or(1, |p| self.tree[p].1 + 1));
+        let (mut tokens, mut parents) = (Vec::new(), Vec::new());
+        for &(token, parent) in nodes {
+            tokens.push(token);
+            parents.push(parent.map_or(0, |p| p as u32));
+            self.tree.push((parent, depth));
+        }
+        // 1. States of the parents, keys and values of the nodes: depth d sits d - 1 rows past the committed ones.
+        let tape = Tape::inference(self.params);
+        let source = if depth == 1 { &self.root } else { &self.states };
+        let h = tape.gather_rows(&tape.input(source.clone()), &Tensor::from_u32(device, parents))?;
+        let half = m.embedding_half(&tape, &Tensor::from_u32(device, tokens))?;
+        let n = tape.rms_norm(&h, m.modules.hidden_norm, m.eps())?;
+        let position = vec![(self.committed() + depth - 1) as u32; nodes.len()];
+        let token = Tensor::from_u32(device, (0..nodes.len() as u32).collect());
+        let at = At { token, position: Tensor::from_u32(device, position) };
+        let kv = m.key_value(&tape, &n, &half, &at)?;
+        self.nodes[0].append_rows(kv.key.value())?;
+        self.nodes[1].append_rows(kv.value.value())?;
+        // 2. Attention to the committed rows, the node's ancestors and itself.
+        let q = m.project_half(&tape, &n, &m.modules.q_proj, &half[0], &at.token)?;
+        let q = m.rotate(&tape, &q, &at.position)?;
+        let keys = KeyValue { key: tape.input(self.nodes[0].clone()), value: tape.input(self.nodes[1].clone()) };
+        let ancestors = self.ancestors(first, depth).into_iter();
+        let extras: Vec<_> = ancestors.map(|rows| (keys.clone(), Some(Tensor::from_u32(device, rows)))).collect();
+        let (state, logits) = self.finish(&tape, &h, &q, &extras)?;
+        self.states.append_rows(&state)?;
+        Ok(logit_rows(&logits))
+    }
+}

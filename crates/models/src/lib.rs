@@ -1,0 +1,1 @@
+//! Target architectures, one file each.

@@ -1,0 +1,4 @@
+//! Layers, named parameters, RoPE, optimizer and schedules.
+
+pub mod init;
+pub mod weights;

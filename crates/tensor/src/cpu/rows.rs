@@ -1,0 +1,101 @@
+//! Row movement and element-wise sums.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{f32_mut, tensor, u32s};
+use crate::Tensor;
+use crate::tensor::Buffer;
+
+/// Below this many elements one thread does the work.
+const PARALLEL_ELEMENTS: usize = 1 << 15;
+
+/// Calls `f(row, values)` for every row of `dst`, in parallel where that pays.
+pub(super) fn for_rows(dst: &mut [f32], cols: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    if cols == 0 {
+        return;
+    }
+    if dst.len() < PARALLEL_ELEMENTS {
+        dst.chunks_exact_mut(cols).enumerate().for_each(|(i, row)| f(i, row));
+    } else {
+        let rows = (PARALLEL_ELEMENTS / 4).div_ceil(cols);
+        dst.par_chunks_mut(rows * cols).enumerate().for_each(|(block, dst)| {
+            dst.chunks_exact_mut(cols).enumerate().for_each(|(i, row)| f(block * rows + i, row));
+        });
+    }
+}
+
+/// A range of a tensor's elements as float32.
+pub(super) fn f32_rows(t: &Tensor, range: Range<usize>) -> Cow<'_, [f32]> {
+    match t.buffer() {
+        Buffer::F32(v) => Cow::Borrowed(&v[range]),
+        Buffer::Bf16(v) => v[range].iter().map(|x| x.to_f32()).collect(),
+        Buffer::F16(v) => v[range].iter().map(|x| x.to_f32()).collect(),
+        Buffer::U32(v) => v[range].iter().map(|&x| x as f32).collect(),
+    }
+}
+
+pub(super) fn gather(x: &Tensor, index: &Tensor) -> Tensor {
+    let (index, cols) = (u32s(index), x.rows_cols().1);
+    let mut y = vec![0.0; index.len() * cols];
+    for_rows(&mut y, cols, |r, row| {
+        let i = index[r];
+        if i != u32::MAX {
+            row.copy_from_slice(&f32_rows(x, i as usize * cols..(i as usize + 1) * cols));
+        }
+    });
+    tensor(y, &[index.len(), cols])
+}
+
+/// One thread, in row order: an index may name a row twice.
+pub(super) fn scatter_add(dst: &mut Tensor, index: &Tensor, src: &Tensor) {
+    let cols = dst.rows_cols().1;
+    let (values, dst) = (src.f32s(), f32_mut(dst));
+    for (&i, row) in u32s(index).iter().zip(values.chunks_exact(cols.max(1))) {
+        if i != u32::MAX {
+            let dst = &mut dst[i as usize * cols..][..cols];
+            dst.iter_mut().zip(row).for_each(|(d, v)| *d += v);
+        }
+    }
+}
+
+pub(super) fn add_assign(dst: &mut Tensor, src: &Tensor) {
+    let src = src.f32s();
+    let dst = f32_mut(dst);
+    if dst.len() < PARALLEL_ELEMENTS {
+        dst.iter_mut().zip(src.iter()).for_each(|(d, s)| *d += s);
+    } else {
+        let chunks = dst.par_chunks_mut(PARALLEL_ELEMENTS / 4).zip(src.par_chunks(PARALLEL_ELEMENTS / 4));
+        chunks.for_each(|(d, s)| d.iter_mut().zip(s).for_each(|(d, s)| *d += s));
+    }
+}
+
+pub(super) fn add_to_each_row(y: &mut [f32], bias: &[f32]) {
+    for_rows(y, bias.len(), |_, row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+}
+
+pub(super) fn bias_grad(dy: &Tensor, db: &mut Tensor) {
+    let (n, dy) = (db.len(), dy.f32s());
+    let db = f32_mut(db);
+    dy.chunks_exact(n.max(1)).for_each(|row| db.iter_mut().zip(row).for_each(|(d, v)| *d += v));
+}
+
+pub(super) fn columns(x: &Tensor, cols: Range<usize>) -> Tensor {
+    let (rows, width) = x.rows_cols();
+    let mut y = vec![0.0; rows * cols.len()];
+    for_rows(&mut y, cols.len(), |r, row| {
+        row.copy_from_slice(&f32_rows(x, r * width + cols.start..r * width + cols.end));
+    });
+    tensor(y, &[rows, cols.len()])
+}
+
+pub(super) fn add_columns(dst: &mut Tensor, cols: Range<usize>, src: &Tensor) {
+    let width = dst.rows_cols().1;
+    let src = src.f32s();
+    let dst = f32_mut(dst).chunks_exact_mut(width.max(1));
+    for (dst, src) in dst.zip(src.chunks_exact(cols.len().max(1))) {
+        dst[cols.clone()].iter_mut().zip(src).for_each(|(d, s)| *d += s);
+    }
+}

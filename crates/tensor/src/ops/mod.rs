@@ -1,0 +1,43 @@
+//! The operations of the tape: shape checks, the call of the device's kernel, and what the backward keeps.
+
+mod attention;
+mod linear;
+mod loss;
+mod mlp;
+mod norm;
+mod rope;
+mod rows;
+
+pub use attention::{Attention, KeyValue};
+pub use linear::Weight;
+pub use loss::{GroupLoss, LossRows, LossStats, Objective, SoftTargetLoss, Teacher};
+
+pub use rows::Collected;
+
+use crate::{DType, Error, Result, Tensor};
+
+/// Fails unless `t` is a matrix (or vector) of `cols` columns.
+fn expect_cols(op: &'static str, what: &str, t: &Tensor, cols: usize) -> Result<()> {
+    if t.rows_cols().1 == cols {
+        return Ok(());
+    }
+    Err(Error::shape(op, what, format!("[.., {cols}]"), t.shape()))
+}
+
+/// Fails unless `t` has exactly this shape.
+fn expect_shape(op: &'static str, what: &str, t: &Tensor, shape: &[usize]) -> Result<()> {
+    if t.shape() == shape {
+        return Ok(());
+    }
+    Err(Error::shape(op, what, format!("{shape:?}"), t.shape()))
+}
+
+/// Fails unless `index` holds row numbers below `bound` (or `u32::MAX`, where a row may be absent).
+fn expect_rows(op: &'static str, what: &'static str, index: &Tensor, bound: usize, may_miss: bool) -> Result<()> {
+    if index.dtype() != DType::U32 {
+        return Err(Error::DType { op, what, expected: "U32", got: index.dtype() });
+    }
+    let rows = index.u32s().expect("just checked to be u32");
+    let bad = rows.iter().find(|&&i| i as usize >= bound && !(may_miss && i == u32::MAX));
+    bad.map_or(Ok(()), |&index| Err(Error::Index { op, what, index, bound }))
+}

@@ -1,0 +1,39 @@
+//! RMSNorm.
+
+use super::expect_shape;
+use crate::tape::{Backward, Sink};
+use crate::{ParamId, Result, Tape, Tensor, Var};
+
+struct RmsNorm {
+    x: Var,
+    id: ParamId,
+    weight: Tensor,
+    rstd: Tensor,
+}
+
+impl Tape<'_> {
+    /// `y = x / sqrt(mean(x²) + eps) * w` over each row (Zhang and Sennrich, 2019), statistics in float32. With a
+    /// weight narrower than the row, every group of that width is normed by itself (per-head norms).
+    ///
+    /// # Shapes
+    /// x `[R, G·D]`, w `[D]`, y like x.
+    pub fn rms_norm(&self, x: &Var, id: ParamId, eps: f32) -> Result<Var> {
+        let weight = self.params().get(id).value.clone();
+        let d = weight.len();
+        if d == 0 || !x.rows_cols().1.is_multiple_of(d) {
+            expect_shape("rms_norm", "weight", &weight, &[x.rows_cols().1])?;
+        }
+        let (y, rstd) = x.value().device().kernels().rms_norm(x.value(), &weight, eps);
+        let needed = self.any_needed(&[x]) || self.is_trained(id);
+        Ok(self.record(y, needed, || Box::new(RmsNorm { x: x.clone(), id, weight, rstd })))
+    }
+}
+
+impl Backward for RmsNorm {
+    fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
+        let kernels = dy.device().kernels();
+        let dx = kernels.rms_norm_backward(&dy, self.x.value(), &self.weight, &self.rstd, sink.param(self.id));
+        sink.add(&self.x, dx);
+        Ok(())
+    }
+}

@@ -1,0 +1,67 @@
+//! Named parameters of one model, addressed by [`ParamId`] so that modules stay plain data.
+
+use crate::Tensor;
+
+/// A parameter's place in its [`Params`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ParamId(pub(crate) usize);
+
+/// One named weight.
+#[derive(Debug, Clone)]
+pub struct Param {
+    /// The checkpoint name, for example `midlayer.mlp.up_proj.weight`.
+    pub name: String,
+    /// The value, in the storage type of the model.
+    pub value: Tensor,
+    /// Whether gradients are computed for it.
+    pub trainable: bool,
+}
+
+/// The parameters of one model in declaration order.
+#[derive(Debug, Clone, Default)]
+pub struct Params {
+    entries: Vec<Param>,
+}
+
+impl Params {
+    /// No parameters yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Declares a parameter.
+    pub fn add(&mut self, name: impl Into<String>, value: Tensor, trainable: bool) -> ParamId {
+        self.entries.push(Param { name: name.into(), value, trainable });
+        ParamId(self.entries.len() - 1)
+    }
+
+    /// The parameter behind an id of this store.
+    pub fn get(&self, id: ParamId) -> &Param {
+        &self.entries[id.0]
+    }
+
+    /// The parameter for writing.
+    pub fn get_mut(&mut self, id: ParamId) -> &mut Param {
+        &mut self.entries[id.0]
+    }
+
+    /// The id of a name.
+    pub fn find(&self, name: &str) -> Option<ParamId> {
+        self.entries.iter().position(|p| p.name == name).map(ParamId)
+    }
+
+    /// All parameters with their ids, in declaration order.
+    pub fn iter(&self) -> impl Iterator<Item = (ParamId, &Param)> {
+        self.entries.iter().enumerate().map(|(i, p)| (ParamId(i), p))
+    }
+
+    /// The number of parameters (tensors, not elements).
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nothing is declared.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}

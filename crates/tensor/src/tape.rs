@@ -1,0 +1,201 @@
+//! The tape: records each operation's backward while the forward runs, and replays them in reverse.
+
+use std::cell::RefCell;
+use std::fmt;
+
+use crate::{Grads, ParamId, Params, Result, Tensor};
+
+/// A value on a tape: a tensor, and the node that produced it if a gradient can flow there.
+#[derive(Debug, Clone)]
+pub struct Var {
+    value: Tensor,
+    node: Option<usize>,
+}
+
+impl Var {
+    /// The tensor.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// Whether a gradient can flow into it.
+    pub(crate) fn is_needed(&self) -> bool {
+        self.node.is_some()
+    }
+
+    /// Rows and row width.
+    pub fn rows_cols(&self) -> (usize, usize) {
+        self.value.rows_cols()
+    }
+}
+
+/// The backward half of one operation; it owns what the forward saved and is used once.
+pub(crate) trait Backward {
+    /// Adds the gradients of the operation's inputs and parameters, given that of its output.
+    fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()>;
+}
+
+/// Where a backward puts its gradients.
+pub(crate) struct Sink<'p> {
+    params: &'p Params,
+    by_node: Vec<Option<Tensor>>,
+    grads: Grads,
+}
+
+impl Sink<'_> {
+    /// Adds `d` to the gradient of a value; nothing where no gradient flows.
+    pub(crate) fn add(&mut self, var: &Var, d: Tensor) {
+        let Some(node) = var.node else { return };
+        match &mut self.by_node[node] {
+            Some(sum) => sum.device().kernels().add_assign(sum, &d),
+            empty => *empty = Some(d),
+        }
+    }
+
+    /// The gradient of a parameter for adding to; `None` for frozen ones.
+    pub(crate) fn param(&mut self, id: ParamId) -> Option<&mut Tensor> {
+        self.params.get(id).trainable.then(|| self.grads.entry(self.params, id))
+    }
+}
+
+/// A recording of operations over the parameters of one model.
+pub struct Tape<'p> {
+    params: &'p Params,
+    /// `None` while nothing is recorded: the tape of a frozen model.
+    nodes: Option<RefCell<Vec<Box<dyn Backward + 'p>>>>,
+    /// Gradients so far, taken up from earlier micro-batches.
+    grads: RefCell<Grads>,
+    /// Gradients that terminal operations have left for their inputs.
+    seeds: RefCell<Vec<(Var, Tensor)>>,
+}
+
+impl fmt::Debug for Tape<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let n = self.nodes.as_ref().map_or(0, |n| n.borrow().len());
+        write!(f, "Tape({n} operations)")
+    }
+}
+
+impl<'p> Tape<'p> {
+    /// A tape that records, for training.
+    pub fn recording(params: &'p Params) -> Self {
+        Self::accumulating(params, Grads::new())
+    }
+
+    /// A tape that records and adds to gradients of earlier micro-batches.
+    pub fn accumulating(params: &'p Params, grads: Grads) -> Self {
+        Self {
+            params,
+            nodes: Some(RefCell::default()),
+            grads: RefCell::new(grads),
+            seeds: RefCell::default(),
+        }
+    }
+
+    /// A tape that only computes: nothing is kept alive for a backward.
+    pub fn inference(params: &'p Params) -> Self {
+        Self { params, nodes: None, grads: RefCell::default(), seeds: RefCell::default() }
+    }
+
+    /// The parameters that the tape reads.
+    pub fn params(&self) -> &'p Params {
+        self.params
+    }
+
+    /// Whether gradients will be asked for.
+    pub fn is_recording(&self) -> bool {
+        self.nodes.is_some()
+    }
+
+    /// A constant: no gradient flows into it.
+    pub fn input(&self, value: Tensor) -> Var {
+        Var { value, node: None }
+    }
+
+    /// A value whose gradient is wanted though nothing on the tape produced it; read by finite-difference tests.
+    #[cfg(test)]
+    pub(crate) fn leaf(&self, value: Tensor) -> Var {
+        struct Leaf;
+        impl Backward for Leaf {
+            fn backward(self: Box<Self>, _: Tensor, _: &mut Sink<'_>) -> Result<()> {
+                Ok(())
+            }
+        }
+        self.record(value, true, || Box::new(Leaf))
+    }
+
+    /// Puts an operation's output on the tape; `backward` is built only if a gradient can flow through it.
+    pub(crate) fn record(
+        &self,
+        value: Tensor,
+        needed: bool,
+        backward: impl FnOnce() -> Box<dyn Backward + 'p>,
+    ) -> Var {
+        let Some(nodes) = self.nodes.as_ref().filter(|_| needed) else {
+            return Var { value, node: None };
+        };
+        let mut nodes = nodes.borrow_mut();
+        nodes.push(backward());
+        Var { value, node: Some(nodes.len() - 1) }
+    }
+
+    /// Whether a gradient is wanted for any of these values.
+    pub(crate) fn any_needed(&self, vars: &[&Var]) -> bool {
+        self.is_recording() && vars.iter().any(|v| v.node.is_some())
+    }
+
+    /// Whether a gradient is wanted for a parameter.
+    pub(crate) fn is_trained(&self, id: ParamId) -> bool {
+        self.is_recording() && self.params.get(id).trainable
+    }
+
+    /// Lets a terminal operation add to parameter gradients during the forward.
+    pub(crate) fn with_param_grad<T>(&self, id: ParamId, f: impl FnOnce(Option<&mut Tensor>) -> T) -> T {
+        if !self.is_trained(id) {
+            return f(None);
+        }
+        f(Some(self.grads.borrow_mut().entry(self.params, id)))
+    }
+
+    /// Leaves the gradient of a terminal operation's input for [`Tape::backward`].
+    pub(crate) fn seed(&self, var: &Var, d: Tensor) {
+        self.seeds.borrow_mut().push((var.clone(), d));
+    }
+
+    /// Runs all recorded operations in reverse from the losses on the tape; returns the parameters' gradients.
+    pub fn backward(self) -> Result<Grads> {
+        let seeds = self.seeds.take();
+        self.backward_from(seeds)
+    }
+
+    /// As [`Tape::backward`], from given gradients of given values.
+    pub fn backward_from(self, seeds: Vec<(Var, Tensor)>) -> Result<Grads> {
+        Ok(self.replay(seeds)?.grads)
+    }
+
+    /// As [`Tape::backward_from`]; also the gradients of `leaves`.
+    #[cfg(test)]
+    pub(crate) fn backward_to(self, seeds: Vec<(Var, Tensor)>, leaves: &[Var]) -> Result<(Grads, Vec<Tensor>)> {
+        let sink = self.replay(seeds)?;
+        let of = |v: &Var| sink.by_node[v.node.expect("a leaf")].clone();
+        let d = leaves.iter().map(|v| of(v).unwrap_or_else(|| Tensor::zeros(v.value.device(), v.value.shape())));
+        Ok((Grads::new(), d.collect()))
+    }
+
+    fn replay(self, seeds: Vec<(Var, Tensor)>) -> Result<Sink<'p>> {
+        let nodes = self.nodes.map(RefCell::into_inner).unwrap_or_default();
+        let by_node = (0..nodes.len()).map(|_| None).collect();
+        let mut sink = Sink { params: self.params, by_node, grads: self.grads.into_inner() };
+        for (var, d) in seeds {
+            sink.add(&var, d);
+        }
+        for (i, node) in nodes.into_iter().enumerate().rev() {
+            let keep = cfg!(test);
+            let d = if keep { sink.by_node[i].clone() } else { sink.by_node[i].take() };
+            if let Some(d) = d {
+                node.backward(d, &mut sink)?;
+            }
+        }
+        Ok(sink)
+    }
+}

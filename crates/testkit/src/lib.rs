@@ -1,0 +1,19 @@
+//! Test support that every crate may use: golden cases, tensor files, comparisons, random numbers.
+//!
+//! Everything here panics on failure, with a message that says what to look at: it only ever runs
+//! inside tests. It depends on no other crate of the workspace, so that every one of them can use it.
+
+mod compare;
+mod golden;
+mod random;
+mod tensors;
+
+pub use compare::{assert_close, assert_close_max};
+pub use golden::{case_json, golden_case, golden_cases, golden_dir};
+pub use random::Lcg;
+pub use tensors::{Tensor, Tensors, Values};
+
+/// A fresh folder that is removed when the returned guard is dropped.
+pub fn tempdir() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("specforge-test-").tempdir().expect("a temporary folder can be made")
+}

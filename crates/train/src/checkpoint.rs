@@ -1,0 +1,251 @@
+//! Checkpoints: a folder per saved step with the draft's weights, the optimizer's state and `state.json`. A folder
+//! appears complete or not at all: written under a temporary name, synced, renamed; `latest` and `best` name one.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use specforge_export::{Tensor as FileTensor, write_safetensors};
+use specforge_nn::optimizer::AdamW;
+use specforge_nn::weights::Weights;
+use specforge_tensor::{DType, Params, Tensor};
+
+use crate::{Error, Result};
+
+/// Where a run stands in its order of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Position {
+    /// Steps taken.
+    pub step: u64,
+    /// The epoch, from 0.
+    pub epoch: u64,
+    /// Steps taken of the epoch.
+    pub epoch_step: u64,
+}
+
+/// Everything of the loop besides tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Version of this layout.
+    pub format: u32,
+    /// Where the run stands.
+    pub position: Position,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Highest acceptance length so far and its step.
+    pub best: Option<Best>,
+    /// The run's settings that decide its bits.
+    pub identity: serde_json::Value,
+}
+
+/// The best checkpoint so far.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Its step.
+    pub step: u64,
+    /// Its acceptance length.
+    pub acceptance_length: f64,
+    /// Whether that is from decoding, or estimated from held-out accuracies because no target was at hand.
+    pub decoded: bool,
+}
+
+/// The layout that this version writes.
+const FORMAT: u32 = 1;
+const STATE: &str = "state.json";
+const DRAFT: &str = "draft.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+impl State {
+    /// The state of a run that has not begun.
+    pub fn new(identity: serde_json::Value) -> Self {
+        Self { format: FORMAT, position: Position::default(), tokens: 0, best: None, identity }
+    }
+}
+
+/// A saved step.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Its state.
+    pub state: State,
+}
+
+impl Checkpoint {
+    /// Opens the folder of one checkpoint.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let damaged = |reason: String| Error::Checkpoint { path: folder.join(STATE), reason };
+        let text = fs_err::read_to_string(folder.join(STATE))?;
+        let state: State = serde_json::from_str(&text)
+            .map_err(|e| damaged(format!("{e}; choose another checkpoint with --resume FOLDER")))?;
+        if state.format != FORMAT {
+            return Err(damaged(format!("format {}, this version reads format {FORMAT}", state.format)));
+        }
+        Ok(Self { folder: folder.to_owned(), state })
+    }
+
+    /// The draft's weights file.
+    pub fn draft(&self) -> PathBuf {
+        self.folder.join(DRAFT)
+    }
+
+    /// Puts the saved weights and optimizer state into place, exactly.
+    pub fn restore(&self, params: &mut Params, optimizer: &mut AdamW) -> Result<()> {
+        self.restore_weights(params)?;
+        let weights = Weights::open(&self.folder.join(OPTIMIZER))?;
+        let names: Vec<String> = weights.names().map(str::to_owned).collect();
+        let mut tensors = Vec::new();
+        for name in names {
+            let view = weights.get(&name).expect("a name of the file");
+            tensors.push((name, Tensor::from_f32(specforge_tensor::Device::Cpu, view.to_f32(), view.shape)?));
+        }
+        Ok(optimizer.import(params, self.state.position.step, tensors)?)
+    }
+
+    /// Puts the saved weights of the draft into place.
+    pub fn restore_weights(&self, params: &mut Params) -> Result<()> {
+        let weights = Weights::open(&self.draft())?;
+        let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
+        for id in ids {
+            let param = params.get_mut(id);
+            let view = weights.require(&param.name, param.value.shape())?;
+            let value = Tensor::from_f32(param.value.device(), view.to_f32(), param.value.shape())?;
+            param.value = value.cast(param.value.dtype())?;
+        }
+        Ok(())
+    }
+}
+
+/// The checkpoints of a run.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    folder: PathBuf,
+    /// How many to keep besides the latest and the best; 0 keeps all.
+    keep: usize,
+}
+
+impl Checkpoints {
+    /// Those in `folder`, which need not be there yet. Remains of interrupted writes are removed.
+    pub fn open(folder: PathBuf, keep: usize) -> Result<Self> {
+        fs_err::create_dir_all(&folder)?;
+        for entry in fs_err::read_dir(&folder)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().ends_with(".tmp") {
+                let path = entry.path();
+                if path.is_dir() { fs_err::remove_dir_all(path)? } else { fs_err::remove_file(path)? }
+            }
+        }
+        Ok(Self { folder, keep })
+    }
+
+    /// The checkpoint that `latest` or `best` names.
+    pub fn named(&self, name: &str) -> Result<Option<Checkpoint>> {
+        let pointer = self.folder.join(name);
+        if !pointer.exists() {
+            return Ok(None);
+        }
+        let step = fs_err::read_to_string(&pointer)?;
+        let step = step.trim();
+        if !step.starts_with("step-") || step.contains(['/', '\\']) {
+            let reason = format!("expected the name of a checkpoint beside it, got {step:?}");
+            return Err(Error::Checkpoint { path: pointer, reason });
+        }
+        Checkpoint::open(&self.folder.join(step)).map(Some)
+    }
+
+    /// The newest complete checkpoint. A pointer that was not updated in time does not hide a newer folder.
+    pub fn latest(&self) -> Result<Option<Checkpoint>> {
+        match self.steps()?.pop() {
+            Some((_, folder)) => Checkpoint::open(&folder).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Complete checkpoints, oldest first.
+    fn steps(&self) -> Result<Vec<(u64, PathBuf)>> {
+        let mut steps = Vec::new();
+        for entry in fs_err::read_dir(&self.folder)? {
+            let path = entry?.path();
+            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            if let Some(step) = name.strip_prefix("step-").and_then(|n| n.parse().ok()) {
+                steps.push((step, path));
+            }
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// Saves a step; `latest` names it, and `best` too if it is. Older ones beyond the limit are removed.
+    pub fn save(&self, params: &Params, optimizer: &AdamW, state: &State) -> Result<PathBuf> {
+        let name = format!("step-{:08}", state.position.step);
+        let (folder, unfinished) = (self.folder.join(&name), self.folder.join(format!("{name}.tmp")));
+        if !folder.exists() {
+            self.write(&unfinished, params, optimizer, state)?;
+            fs_err::rename(&unfinished, &folder)?;
+            sync_folder(&self.folder)?;
+        }
+        self.point("latest", &name)?;
+        if state.best.is_some_and(|best| best.step == state.position.step) {
+            self.point("best", &name)?;
+        }
+        self.rotate(state)?;
+        Ok(folder)
+    }
+
+    fn write(&self, folder: &Path, params: &Params, optimizer: &AdamW, state: &State) -> Result<()> {
+        if folder.exists() {
+            fs_err::remove_dir_all(folder)?;
+        }
+        fs_err::create_dir_all(folder)?;
+        let draft: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
+        write_safetensors(&folder.join(DRAFT), &draft)?;
+        let moments: Vec<_> = optimizer.export(params).iter().map(|(name, t)| file_tensor(name, t)).collect();
+        write_safetensors(&folder.join(OPTIMIZER), &moments)?;
+        let text = serde_json::to_string_pretty(state).map_err(std::io::Error::other)?;
+        write_synced(&folder.join(STATE), &text)?;
+        sync_folder(folder)
+    }
+
+    fn point(&self, name: &str, step: &str) -> Result<()> {
+        let unfinished = self.folder.join(format!("{name}.tmp"));
+        write_synced(&unfinished, &format!("{step}\n"))?;
+        fs_err::rename(&unfinished, self.folder.join(name))?;
+        sync_folder(&self.folder)
+    }
+
+    fn rotate(&self, state: &State) -> Result<()> {
+        let steps = self.steps()?;
+        if self.keep == 0 || steps.len() <= self.keep {
+            return Ok(());
+        }
+        let best = state.best.map(|best| best.step);
+        for (step, folder) in &steps[..steps.len() - self.keep] {
+            if Some(*step) != best {
+                // Renamed first: a removal that is cut short leaves no folder that looks complete.
+                let gone = folder.with_extension("tmp");
+                fs_err::rename(folder, &gone)?;
+                fs_err::remove_dir_all(gone)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A tensor as a file keeps it: bf16 as it is, everything else exactly in float32.
+pub(crate) fn file_tensor(name: &str, value: &Tensor) -> FileTensor<'static> {
+    match value.dtype() {
+        DType::Bf16 => FileTensor::bf16(name, value.shape(), &value.to_f32()),
+        _ => FileTensor::f32(name, value.shape(), &value.to_f32()),
+    }
+}
+
+fn write_synced(path: &Path, text: &str) -> Result<()> {
+    use std::io::Write;
+    let mut file = fs_err::File::create(path)?;
+    file.write_all(text.as_bytes())?;
+    Ok(file.sync_all()?)
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    Ok(fs_err::File::open(folder)?.sync_all()?)
+}

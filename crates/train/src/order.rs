@@ -1,0 +1,89 @@
+//! The order of rows: a shuffle per epoch, packed into micro-batches under a token budget, grouped into steps. It is
+//! a function of the settings alone, so that a resumed run takes up where it stopped.
+
+use rand_chacha::rand_core::Rng;
+use specforge_nn::init::stream;
+
+/// The rows of one micro-batch.
+pub type MicroBatch = Vec<usize>;
+
+/// Which rows every step of every epoch trains on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Order {
+    /// The rows to train on and their lengths in tokens.
+    pub rows: Vec<(usize, usize)>,
+    /// Most tokens in a micro-batch; a longer row makes one of its own.
+    pub tokens_per_batch: usize,
+    /// Micro-batches per step.
+    pub accumulation: usize,
+    /// Seed of the shuffles.
+    pub seed: u64,
+}
+
+impl Order {
+    /// The steps of an epoch (from 0). The last may have fewer micro-batches; sums and weights keep it honest.
+    pub fn epoch(&self, epoch: u64) -> Vec<Vec<MicroBatch>> {
+        let mut batches: Vec<MicroBatch> = Vec::new();
+        let mut tokens = usize::MAX;
+        for (row, len) in self.shuffled(epoch) {
+            if tokens.saturating_add(len) > self.tokens_per_batch {
+                batches.push(Vec::new());
+                tokens = 0;
+            }
+            tokens += len;
+            if let Some(batch) = batches.last_mut() {
+                batch.push(row);
+            }
+        }
+        batches.chunks(self.accumulation.max(1)).map(<[MicroBatch]>::to_vec).collect()
+    }
+
+    /// Steps of the first `epochs` epochs together.
+    pub fn total_steps(&self, epochs: u64) -> u64 {
+        (0..epochs).map(|epoch| self.epoch(epoch).len() as u64).sum()
+    }
+
+    /// Fisher-Yates over a stream of the epoch's own.
+    fn shuffled(&self, epoch: u64) -> Vec<(usize, usize)> {
+        let mut rows = self.rows.clone();
+        let mut rng = stream(self.seed, &format!("order of epoch {epoch}"));
+        for i in (1..rows.len()).rev() {
+            rows.swap(i, (rng.next_u64() % (i as u64 + 1)) as usize);
+        }
+        rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(n: usize, tokens_per_batch: usize, accumulation: usize) -> Order {
+        Order { rows: (0..n).map(|i| (i, 1 + i * 7 % 40)).collect(), tokens_per_batch, accumulation, seed: 3 }
+    }
+
+    #[test]
+    fn every_row_is_seen_once_an_epoch_within_the_budget() {
+        for (budget, accumulation) in [(1, 1), (50, 1), (64, 3), (100_000, 2)] {
+            let order = order(101, budget, accumulation);
+            let steps = order.epoch(4);
+            let mut seen: Vec<usize> = steps.iter().flatten().flatten().copied().collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..101).collect::<Vec<_>>());
+            for batch in steps.iter().flatten() {
+                let tokens: usize = batch.iter().map(|&r| order.rows[r].1).sum();
+                assert!(tokens <= budget || batch.len() == 1, "{tokens} tokens in {batch:?}");
+            }
+            assert!(steps.iter().rev().skip(1).all(|s| s.len() == accumulation));
+            assert_eq!(order.total_steps(2), (order.epoch(0).len() + order.epoch(1).len()) as u64);
+        }
+    }
+
+    #[test]
+    fn epochs_differ_and_repeat_by_seed() {
+        let order = order(50, 64, 1);
+        assert_ne!(order.epoch(0), order.epoch(1));
+        assert_eq!(order.epoch(1), order.clone().epoch(1));
+        assert!(Order { rows: vec![], ..order }.epoch(0).is_empty());
+    }
+}
