@@ -7,7 +7,6 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use serde::Deserialize;
-use toml::Spanned;
 use toml::de::{DeTable, DeValue, Deserializer};
 
 use crate::error::Problem;
@@ -40,7 +39,7 @@ pub(crate) fn read(text: &Text) -> Result<Reading, Vec<Problem>> {
             }
             Err(error) => error,
         };
-        let Some(keys) = error.span().and_then(|span| locate(&tree, &span)) else {
+        let Some(keys) = error.span().and_then(|span| locate(tree.get_ref(), &span)) else {
             problems.push(problem(text, &error, "", &mut attempted));
             return Err(problems);
         };
@@ -50,23 +49,16 @@ pub(crate) fn read(text: &Text) -> Result<Reading, Vec<Problem>> {
 }
 
 /// The entry that a span belongs to: the one whose key or value it is, or the innermost whose value it is within.
-fn locate(tree: &Spanned<DeTable<'_>>, span: &Range<usize>) -> Option<Vec<String>> {
-    tree.get_ref().iter().find_map(|(key, value)| {
+fn locate(tree: &DeTable<'_>, span: &Range<usize>) -> Option<Vec<String>> {
+    tree.iter().find_map(|(key, value)| {
         let here = key.get_ref().to_string();
-        if let DeValue::Table(_) = value.get_ref()
-            && let Some(mut below) = table(value).and_then(|table| locate(&table, span))
-        {
+        if let Some(mut below) = value.get_ref().as_table().and_then(|table| locate(table, span)) {
             below.insert(0, here);
             return Some(below);
         }
         let within = value.span().start <= span.start && span.end <= value.span().end;
         (key.span() == *span || within).then(|| vec![here])
     })
-}
-
-fn table<'t>(value: &Spanned<DeValue<'t>>) -> Option<Spanned<DeTable<'t>>> {
-    let DeValue::Table(table) = value.get_ref() else { return None };
-    Some(Spanned::new(value.span(), table.clone()))
 }
 
 fn remove(tree: &mut DeTable<'_>, keys: &[String]) {

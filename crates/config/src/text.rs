@@ -40,11 +40,6 @@ impl Text {
         Self { path: path.to_owned(), file, sets }
     }
 
-    /// The recipe file.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Where these bytes stand.
     pub(crate) fn place(&self, span: &Range<usize>) -> Place {
         if let Some(set) = self.sets.iter().rev().find(|set| span.start >= set.start) {

@@ -23,14 +23,14 @@ pub enum RowFormat {
 }
 
 /// Settings of the encoding of a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EncodeOptions {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct EncodeOptions {
     /// Tokens after this many are cut off.
-    pub max_length: usize,
+    pub(crate) max_length: usize,
     /// Rows with fewer supervised tokens than this (after the cut) are dropped.
-    pub min_supervised: usize,
+    pub(crate) min_supervised: usize,
     /// Supervise the last assistant turn alone.
-    pub last_turn_only: bool,
+    pub(crate) last_turn_only: bool,
 }
 
 /// A row ready for training.

@@ -172,5 +172,6 @@ fn summary(report: &Report) -> String {
     if let Some(example) = report.examples.first() {
         parts.push(format!("first: {}:{}: {}", example.path.display(), example.line, example.message));
     }
+    parts.extend(report.warnings.iter().map(ToString::to_string));
     parts.join(", ")
 }

@@ -1,6 +1,6 @@
 //! Conversations to token ids and loss masks.
 //!
-//! The way of a row: [`read`](self) its bytes, parse a [`Conversation`], render it with the [`ChatTemplate`], encode the
+//! The way of a row: read its bytes, parse a [`Conversation`], render it with the [`ChatTemplate`], encode the
 //! text once with the [`Tokenizer`], turn the supervised bytes into a [`loss_mask`], and append both to a
 //! [`Prepared`] set on disk. [`prepare`] does this for whole files; the other public functions are its steps, the
 //! mask viewer ([`runs`]), the draft's vocabulary ([`VocabMap`]) and the prompts of an evaluation ([`read_prompts`]).
@@ -28,7 +28,7 @@ mod view;
 mod vocab;
 
 pub use conversation::{Conversation, Message};
-pub use encode::{EncodeOptions, RowFormat};
+pub use encode::RowFormat;
 pub use error::{Error, Result};
 pub use mask::loss_mask;
 pub use named::{NamedTemplate, Spans, named_templates};

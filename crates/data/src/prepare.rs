@@ -190,14 +190,23 @@ struct Run<'a> {
 impl Run<'_> {
     fn write(&self, folder: &Path, key: &str, settings: serde_json::Value) -> Result<()> {
         let temporary = self.config.cache.join(format!(".{key}.{}.tmp", std::process::id()));
-        let mut writer = SetWriter::create(temporary)?;
-        let report = match self.encode_all(&mut writer) {
-            Ok(report) => report,
-            Err(error) => {
-                writer.abandon()?;
-                return Err(error);
-            }
-        };
+        let written = self.write_to(&temporary, folder, key, settings);
+        if written.is_err() && temporary.exists() {
+            // The first error is the one to report.
+            let _ = fs_err::remove_dir_all(&temporary);
+        }
+        written
+    }
+
+    fn write_to(
+        &self,
+        temporary: &Path,
+        folder: &Path,
+        key: &str,
+        settings: serde_json::Value,
+    ) -> Result<()> {
+        let mut writer = SetWriter::create(temporary.to_path_buf())?;
+        let report = self.encode_all(&mut writer)?;
         writer.finish(folder, |files| Manifest {
             format_version: FORMAT_VERSION,
             key: key.to_owned(),

@@ -139,8 +139,9 @@ impl Report {
         if share > 0.99 {
             warnings.push(Warning::AlmostEverythingSupervised { share });
         }
-        // A row without any header has nothing to supervise, so it never counts as kept.
-        if let (Some(header), 0) = (header, self.rows_kept) {
+        // A row without any header has nothing to supervise, so it is dropped for that.
+        let unsupervised = self.dropped.contains_key(&DropReason::NothingSupervised);
+        if let Some(header) = header.filter(|_| unsupervised && self.rows_kept == 0) {
             warnings.push(Warning::HeaderNeverFound { header: header.to_owned() });
         }
         if self.supervised_tokens > 0 && self.supervised_end_tokens == 0 && has_end_tokens {

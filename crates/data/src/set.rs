@@ -305,11 +305,6 @@ impl SetWriter {
             }
         }
     }
-
-    /// Removes what was written.
-    pub(crate) fn abandon(self) -> Result<()> {
-        Ok(fs_err::remove_dir_all(&self.folder)?)
-    }
 }
 
 fn close(writer: BufWriter<File>, path: &Path, rows: u64) -> Result<FileSum> {

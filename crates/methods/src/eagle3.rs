@@ -17,7 +17,8 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use specforge_models::{Capture, TargetInfo};
-use specforge_nn::{init, rope::RopeConfig};
+use specforge_nn::init;
+use specforge_nn::rope::{RopeConfig, RopeTables};
 use specforge_tensor::{
     Attention, AttentionShape, Collected, Device, GroupLoss, KeyValue, LossRows, Objective, ParamId, Params,
     SoftTargetLoss, Spans, Tape, Tensor, Var, Weight,
@@ -342,7 +343,7 @@ pub struct Eagle3 {
     modules: Modules,
     /// The rows of the target's head that the draft vocabulary keeps, `[Vd, Ht]`.
     teacher_head: Tensor,
-    rope: (Tensor, Tensor),
+    rope: RopeTables,
     /// Whether the head reads the normed state. Always, but for one of SpecForge's reference cases.
     head_norm: bool,
 }
@@ -387,8 +388,7 @@ impl Eagle3 {
         let kept = Tensor::from_u32(device, vocab.target_ids().to_vec());
         let head = Tape::inference(params).input(frozen.head.clone());
         let teacher_head = Tape::inference(params).gather_rows(&head, &kept)?.value().clone();
-        // Later steps run ahead of their row by up to ttt-steps positions.
-        let rope = dims.rope.tables(device, dims.max_position_embeddings + config.ttt_steps);
+        let rope = RopeTables::new(dims.rope.clone(), device);
         let modules = Modules::find(params, &dims)?;
         Ok(Self { config: config.clone(), dims, capture, vocab, modules, teacher_head, rope, head_norm: true })
     }
@@ -441,15 +441,16 @@ impl Eagle3 {
         Ok(tape.add_rows(&y, half, token)?)
     }
 
-    fn rotate(&self, tape: &Tape<'_>, x: &Var, positions: &Tensor) -> Result<Var> {
-        Ok(tape.rope(x, self.dims.head_dim, (&self.rope.0, &self.rope.1), positions)?)
+    fn rotate(&self, tape: &Tape<'_>, x: &Var, at: &At) -> Result<Var> {
+        let (cos, sin) = self.rope.up_to(at.end);
+        Ok(tape.rope(x, self.dims.head_dim, (&cos, &sin), &at.position)?)
     }
 
     /// Keys and values of normed states `n`.
     fn key_value(&self, tape: &Tape<'_>, n: &Var, half: &[Var; 3], at: &At) -> Result<KeyValue> {
         let key = self.project_half(tape, n, &self.modules.k_proj, &half[1], &at.token)?;
         let value = self.project_half(tape, n, &self.modules.v_proj, &half[2], &at.token)?;
-        Ok(KeyValue { key: self.rotate(tape, &key, &at.position)?, value })
+        Ok(KeyValue { key: self.rotate(tape, &key, at)?, value })
     }
 
     /// The rest of the layer for states `h` whose attention is `a`: both residual branches.
@@ -478,7 +479,7 @@ impl Eagle3 {
         for step in 0..self.config.ttt_steps {
             let at = plan.live_rows(batch, step, device);
             let q = self.project_half(tape, &n, &m.q_proj, &half[0], &at.token)?;
-            let q = self.rotate(tape, &q, &at.position)?;
+            let q = self.rotate(tape, &q, &at)?;
             if step > 0 {
                 extras.push((self.key_value(tape, &n, &half, &at)?, None));
             }
@@ -539,6 +540,15 @@ struct TeacherParts {
 struct At {
     token: Tensor,
     position: Tensor,
+    /// One past the last position.
+    end: usize,
+}
+
+impl At {
+    fn new(device: Device, token: Vec<u32>, position: Vec<u32>) -> Self {
+        let end = position.iter().max().map_or(0, |&p| p as usize + 1);
+        Self { token: Tensor::from_u32(device, token), position: Tensor::from_u32(device, position), end }
+    }
 }
 
 /// Which rows are computed, and which carry loss at which step.
@@ -609,8 +619,7 @@ impl Plan {
     fn all_rows(&self, batch: &Batch, device: Device) -> At {
         let mut token: Vec<u32> = (1..=batch.n_tokens() as u32).collect();
         batch.bounds.iter().for_each(|b| token[b.end - 1] = u32::MAX);
-        let position = Tensor::from_u32(device, batch.positions.clone());
-        At { token: Tensor::from_u32(device, token), position }
+        At::new(device, token, batch.positions.clone())
     }
 
     /// Live rows at a TTT step.
@@ -619,7 +628,7 @@ impl Plan {
         let token = |(&p, d): (&u32, &Range<u32>)| if p + 1 + step < d.end { p + 1 + step } else { u32::MAX };
         let token = self.live.iter().zip(&self.documents).map(token).collect();
         let position = self.live.iter().map(|&p| batch.positions[p as usize] + step).collect();
-        At { token: Tensor::from_u32(device, token), position: Tensor::from_u32(device, position) }
+        At::new(device, token, position)
     }
 
     /// Live rows see the step-0 keys from their document's start up to themselves.

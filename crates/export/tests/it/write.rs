@@ -126,18 +126,18 @@ fn embeddings_are_written_where_they_are_needed() {
 fn a_draft_with_the_whole_vocabulary_has_no_map() {
     let whole = Eagle3Config { draft_vocab_size: 200, ..config() };
     let target = target();
-    let identity = |mut export: Eagle3Export<'static>, offset| {
+    let with_map = |offset| {
+        let mut export = export(&whole, &target);
         export.tensors.retain(|tensor| tensor.name != "d2t");
         export.tensors.push(Tensor::i64("d2t", &[offset; 200]));
         export
     };
-    let leak: &'static Value = Box::leak(Box::new(target));
     let dir = tempdir();
     let out = dir.path().join("out");
-    identity(export(&whole, leak), 0).write(&out, WriteOptions::default()).unwrap();
+    with_map(0).write(&out, WriteOptions::default()).unwrap();
     let names: Vec<String> = read_eagle3(&out).unwrap().tensors.into_keys().collect();
     assert!(!names.iter().any(|name| name == "d2t" || name == "t2d"), "{names:?}");
-    let error = identity(export(&whole, leak), 1).write(&out, WriteOptions::default()).unwrap_err();
+    let error = with_map(1).write(&out, WriteOptions::default()).unwrap_err();
     assert!(error.to_string().starts_with("tensor d2t: has to be all zeros"), "{error}");
 }
 
@@ -245,8 +245,9 @@ fn what_cannot_be_served_is_not_written() {
     let (target, dir) = (target(), tempdir());
     let out = dir.path().join("out");
     let check = |config: &Eagle3Config, change: &dyn Fn(&mut Vec<Tensor<'static>>), expected: &str| {
-        let mut export = export(config, &target);
-        change(&mut export.tensors);
+        let mut tensors = tensors(config);
+        change(&mut tensors);
+        let export = Eagle3Export { config: config.clone(), tensors, target: &target };
         let error = export.write(&out, WriteOptions::default()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
         assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");

@@ -98,16 +98,16 @@ impl Drafter for Eagle3Drafter<'_> {
         let g = m.project(&tape, &tape.input(hidden_states.clone()))?;
         let half = m.embedding_half(&tape, &Tensor::from_u32(device, next_tokens.to_vec()))?;
         let normed = tape.rms_norm(&g, m.modules.hidden_norm, m.eps())?;
-        let rows = |range: Range<u32>| Tensor::from_u32(device, range.collect());
-        let at = At { token: rows(0..n as u32), position: rows(start..start + n as u32) };
+        let rows = |range: Range<u32>| range.collect::<Vec<u32>>();
+        let at = At::new(device, rows(0..n as u32), rows(start..start + n as u32));
         let kv = m.key_value(&tape, &normed, &half, &at)?;
         self.base[0].append_rows(kv.key.value())?;
         self.base[1].append_rows(kv.value.value())?;
         // 2. The rest of the layer for the last row alone.
-        let last = rows(n as u32 - 1..n as u32);
+        let last = Tensor::from_u32(device, vec![n as u32 - 1]);
         let (h, normed) = (tape.gather_rows(&g, &last)?, tape.gather_rows(&normed, &last)?);
         let q = m.project_half(&tape, &normed, &m.modules.q_proj, &half[0], &last)?;
-        let q = m.rotate(&tape, &q, &rows(start + n as u32 - 1..start + n as u32))?;
+        let q = m.rotate(&tape, &q, &At::new(device, vec![n as u32 - 1], vec![start + n as u32 - 1]))?;
         let (state, logits) = self.finish(&tape, &h, &q, &[])?;
         self.root = state;
         Ok(logit_rows(&logits).swap_remove(0))
@@ -129,14 +129,13 @@ impl Drafter for Eagle3Drafter<'_> {
         let half = m.embedding_half(&tape, &Tensor::from_u32(device, tokens))?;
         let n = tape.rms_norm(&h, m.modules.hidden_norm, m.eps())?;
         let position = vec![(self.committed() + depth - 1) as u32; nodes.len()];
-        let token = Tensor::from_u32(device, (0..nodes.len() as u32).collect());
-        let at = At { token, position: Tensor::from_u32(device, position) };
+        let at = At::new(device, (0..nodes.len() as u32).collect(), position);
         let kv = m.key_value(&tape, &n, &half, &at)?;
         self.nodes[0].append_rows(kv.key.value())?;
         self.nodes[1].append_rows(kv.value.value())?;
         // 2. Attention to the committed rows, the node's ancestors and itself.
         let q = m.project_half(&tape, &n, &m.modules.q_proj, &half[0], &at.token)?;
-        let q = m.rotate(&tape, &q, &at.position)?;
+        let q = m.rotate(&tape, &q, &at)?;
         let keys = KeyValue { key: tape.input(self.nodes[0].clone()), value: tape.input(self.nodes[1].clone()) };
         let ancestors = self.ancestors(first, depth).into_iter();
         let extras: Vec<_> = ancestors.map(|rows| (keys.clone(), Some(Tensor::from_u32(device, rows)))).collect();

@@ -1,0 +1,1 @@
+//! The crate, tested from outside.
