@@ -13,7 +13,7 @@ from pathlib import Path
 from make_text import write
 
 SEED = 21
-TRAIN, HELDOUT = 6000, 240
+TRAIN, HELDOUT = 4400, 240
 # How often each form of question is wanted; "reverse" answers repeat the question, so they are kept few.
 WEIGHTS = {
     "turns": 38, "define": 20, "about": 18, "what_kind": 6, "synonym": 5, "opposite": 3,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from llama import load_folder
 
 END = 2
-LONGEST_ANSWER, BATCH, LIMIT = 112, 1024, 1_400_000
+LONGEST_ANSWER, BATCH, LIMIT = 100, 1024, 1_400_000
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
     python train_target.py --data WORK/text.npz --heldout WORK/heldout.npz --tokenizer WORK/tokenizer \
         --steps 9000 --out WORK/target
 
+`--seconds` sets the number of steps from the speed of the warm-up instead, and records it.
+
 Loss on answers and ends of turn only. Rows are packed into windows; a row attends to itself alone and starts at
 position 0, as it will when served. Any CUDA device; `--device cpu` works for a smoke test.
 """
@@ -21,7 +23,7 @@ from llama import CONFIG, Llama, load_folder, save_folder
 
 SEED = 20
 WINDOW, BATCH = 320, 192
-PEAK_RATE, LAST_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 3e-5, 300, 0.05
+PEAK_RATE, LAST_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 3e-5, 250, 0.05
 
 
 def pack(path, device):
@@ -72,20 +74,20 @@ def learning_rate(step, steps):
 
 
 def train(model, data, args):
-    """Returns the mean loss of the last 50 steps."""
+    """Returns the mean loss of the last 50 steps and the number of steps."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
-    compiled = torch.compile(loss_of) if args.device == "cuda" else loss_of
+    compiled = torch.compile(loss_of) if args.device == "cuda" and not args.eager else loss_of
     generator = torch.Generator().manual_seed(SEED)
-    order, recent, started = [], [], time.time()
-    for step in range(args.steps):
+    order, recent, began, step, steps = [], [], time.time(), 0, args.steps or 1 << 30
+    while step < steps:
         if len(order) < args.batch:
             order = torch.randperm(data.shape[1], generator=generator).tolist()
         picked, order = order[: args.batch], order[args.batch :]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps)
+            group["lr"] = learning_rate(step, steps)
         with torch.autocast(args.device, torch.bfloat16):
             loss = compiled(model, *data[:, picked])
         loss.backward()
@@ -93,13 +95,17 @@ def train(model, data, args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         recent = (recent + [loss.detach()])[-50:]
+        step += 1
         if step == 50:
-            torch.cuda.synchronize() if args.device == "cuda" else None
             started = time.time()
-        if step % 250 == 0 or step + 1 == args.steps:
-            rate = (step - 50) / (time.time() - started) if step > 50 else 0.0
-            print(f"step {step} loss {torch.stack(recent).mean():.4f} {rate:.2f} steps/s", flush=True)
-    return torch.stack(recent).mean().item()
+        if step % 250 == 0 or step == steps:
+            mean, now = torch.stack(recent).mean().item(), time.time()
+            rate = (step - 50) / (now - started) if step > 50 else 0.0
+            print(f"step {step} loss {mean:.4f} {rate:.2f} steps/s", flush=True)
+            if args.seconds and step == 250:
+                steps = step + int(rate * (args.seconds - (now - began)))
+                print(f"{steps} steps in all", flush=True)
+    return torch.stack(recent).mean().item(), steps
 
 
 @torch.no_grad()
@@ -113,22 +119,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "heldout", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int)
+    length.add_argument("--seconds", type=float)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--config", type=json.loads, default={}, help="JSON that overrides keys of llama.CONFIG")
     args = parser.parse_args()
     torch.manual_seed(SEED)
     model = Llama(CONFIG | args.config).to(args.device)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {args.steps} steps")
+    print(f"{sum(p.numel() for p in model.parameters())} parameters")
     started = time.time()
-    loss = train(model, pack(args.data, args.device), args)
+    loss, steps = train(model, pack(args.data, args.device), args)
     save_folder(model, args.out)
     for file in args.tokenizer.iterdir():
         shutil.copy(file, args.out)
     exported = load_folder(args.out, args.device)
     heldout = evaluate(exported, pack(args.heldout, args.device), 64)
-    record = {"steps": args.steps, "train_loss": loss, "heldout_loss": heldout, "seconds": time.time() - started}
+    record = {"steps": steps, "train_loss": loss, "heldout_loss": heldout, "seconds": time.time() - started}
     (args.out.parent / f"{args.out.name}.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     print(record)
 

@@ -54,7 +54,8 @@ impl RunPlan {
         let (now, before) = (flatten(&self.training_identity()), flatten(&saved.training_identity()));
         let keys: std::collections::BTreeSet<&String> = now.keys().chain(before.keys()).collect();
         let differ = |key: &&&String| now.get(**key) != before.get(**key);
-        let shown = |values: &BTreeMap<String, Value>, key| values.get(key).map_or("absent".to_owned(), short);
+        let shown =
+            |values: &BTreeMap<String, Value>, key| values.get(key).map_or("absent".to_owned(), short);
         keys.iter()
             .filter(differ)
             .map(|key| format!("{key}: now {}, before {}", shown(&now, *key), shown(&before, *key)))

@@ -25,6 +25,6 @@ pub use plan::{
 pub use provenance::{Origin, Provenance};
 pub use recipe::{Recipe, Setting};
 pub use run::{
-    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, ExportConfig, Mode, RunConfig,
-    StoreConfig, TargetConfig, TargetDType, TrainConfig,
+    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, ExportConfig, Mode,
+    RunConfig, StoreConfig, TargetConfig, TargetDType, TrainConfig,
 };

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use serde::Deserialize;
+use toml::Spanned;
 use toml::de::{DeTable, DeValue, Deserializer};
 
 use crate::error::Problem;
@@ -62,14 +63,15 @@ fn locate(tree: &DeTable<'_>, span: &Range<usize>) -> Option<Vec<String>> {
 }
 
 fn remove(tree: &mut DeTable<'_>, keys: &[String]) {
-    let [first, rest @ ..] = keys else { return };
-    if rest.is_empty() {
-        tree.retain(|key, _| key.get_ref() != first);
-        return;
-    }
-    for (key, value) in tree.iter_mut() {
-        if let (true, DeValue::Table(below)) = (key.get_ref() == first, value.get_mut()) {
-            remove(below, rest);
+    match keys {
+        [] => {}
+        [key] => {
+            tree.remove(key.as_str());
+        }
+        [key, rest @ ..] => {
+            if let Some(DeValue::Table(below)) = tree.get_mut(key.as_str()).map(Spanned::get_mut) {
+                remove(below, rest);
+            }
         }
     }
 }
@@ -85,7 +87,10 @@ fn problem(text: &Text, error: &toml::de::Error, key: &str, attempted: &mut BTre
         let near = nearest(field, quoted);
         let meant = near.clone().unwrap_or_else(|| field.to_owned());
         attempted.insert(join(parent, &meant));
-        (unknown_key(field, parent), near.map(|near| format!("did you mean `{near}`?")).or_else(|| elsewhere(field)))
+        (
+            unknown_key(field, parent),
+            near.map(|near| format!("did you mean `{near}`?")).or_else(|| elsewhere(field)),
+        )
     } else if message.starts_with("unknown variant") {
         attempted.insert(if parent == "method" { parent.to_owned() } else { key.to_owned() });
         let variant = quoted.next().unwrap_or_default();
@@ -127,8 +132,10 @@ fn nearest<'n>(word: &str, known: impl Iterator<Item = &'n str>) -> Option<Strin
 
 /// "invalid type: string "x", expected usize" without the words of Rust.
 fn plain(message: &str) -> String {
-    let Some((got, expected)) =
-        message.strip_prefix("invalid ").and_then(|m| m.split_once(": ")).and_then(|(_, m)| m.split_once(", expected "))
+    let Some((got, expected)) = message
+        .strip_prefix("invalid ")
+        .and_then(|m| m.split_once(": "))
+        .and_then(|(_, m)| m.split_once(", expected "))
     else {
         return message.to_owned();
     };
@@ -142,7 +149,10 @@ fn plain(message: &str) -> String {
         other if other.starts_with("struct ") => "a table",
         other => other,
     };
-    format!("expected {expected}, got {}", got.replace("floating point", "number").replace("sequence", "a list"))
+    format!(
+        "expected {expected}, got {}",
+        got.replace("floating point", "number").replace("sequence", "a list")
+    )
 }
 
 fn join(parent: &str, name: &str) -> String {

@@ -43,7 +43,10 @@ impl Recipe {
         match String::from_utf8(bytes) {
             Ok(text) => Self::parse(path, text, sets, directory),
             Err(error) => {
-                let message = format!("expected UTF-8 text, got other bytes from byte {}", error.utf8_error().valid_up_to());
+                let message = format!(
+                    "expected UTF-8 text, got other bytes from byte {}",
+                    error.utf8_error().valid_up_to()
+                );
                 let problem = Problem { key: String::new(), place: None, message, hint: None };
                 Err(Error::Recipe { path: path.to_owned(), problems: vec![problem] })
             }

@@ -85,9 +85,14 @@ pub fn page() -> String {
     let mut page = HEAD.to_owned();
     let defaults = defaults();
     for table in &TABLES {
-        let title = if table.name.is_empty() { "Top level".to_owned() } else { format!("`[{}]`", table.name) };
+        let title =
+            if table.name.is_empty() { "Top level".to_owned() } else { format!("`[{}]`", table.name) };
         let about = structure(table.source, table.structure).map(|found| found.doc).unwrap_or_default();
-        let _ = write!(page, "\n## {title}\n\n{}\n\n| key | value | default | meaning |\n|---|---|---|---|\n", link_free(&about));
+        let _ = write!(
+            page,
+            "\n## {title}\n\n{}\n\n| key | value | default | meaning |\n|---|---|---|---|\n",
+            link_free(&about)
+        );
         for Key { name, kind, default, meaning, .. } in table_keys(table, &defaults) {
             let default = default.map(|value| format!("`{value}`")).unwrap_or_default();
             let _ = writeln!(page, "| `{name}` | {kind} | {default} | {} |", meaning.replace('|', "\\|"));
@@ -101,14 +106,16 @@ fn table_keys(table: &Table, defaults: &Value) -> Vec<Key> {
     let parts = table.name.split('.').filter(|part| !part.is_empty());
     let values = parts.fold(defaults, |value, part| &value[part]);
     let is_table = |field: &Field| {
-        let path = if table.name.is_empty() { field.name.clone() } else { format!("{}.{}", table.name, field.name) };
+        let path =
+            if table.name.is_empty() { field.name.clone() } else { format!("{}.{}", table.name, field.name) };
         field.name == "method" || TABLES.iter().any(|other| other.name == path)
     };
     fields.into_iter().filter(|field| !is_table(field)).map(|field| key(table.name, field, values)).collect()
 }
 
 fn key(table: &'static str, field: Field, values: &Value) -> Key {
-    let inner = field.kind.strip_prefix("Option<").and_then(|kind| kind.strip_suffix('>')).unwrap_or(&field.kind);
+    let inner =
+        field.kind.strip_prefix("Option<").and_then(|kind| kind.strip_suffix('>')).unwrap_or(&field.kind);
     let mut meaning = link_free(&field.doc);
     let kind = if let Some(choice) = ENUMS.iter().find_map(|source| enumeration(source, inner)) {
         let each: Vec<String> =

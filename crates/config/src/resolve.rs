@@ -91,7 +91,8 @@ fn run_name(name: Option<String>, check: &mut Check<'_>) -> String {
     };
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if name.is_empty() || name.starts_with('.') || !name.chars().all(legal) {
-        let message = format!("`name` becomes a folder: expected letters, digits, `.`, `_`, `-`, got \"{name}\"");
+        let message =
+            format!("`name` becomes a folder: expected letters, digits, `.`, `_`, `-`, got \"{name}\"");
         check.fail("name", message, None);
     }
     name
@@ -100,7 +101,11 @@ fn run_name(name: Option<String>, check: &mut Check<'_>) -> String {
 fn target_plan(target: TargetConfig, check: &mut Check<'_>) -> TargetPlan {
     let TargetConfig { path, dtype } = target;
     if path.is_none() {
-        check.missing("target.path", "there is no target", "[target] path = \"folder of a Hugging Face model\"");
+        check.missing(
+            "target.path",
+            "there is no target",
+            "[target] path = \"folder of a Hugging Face model\"",
+        );
     }
     TargetPlan { path: check.path(path.unwrap_or_default()), dtype }
 }
@@ -198,7 +203,9 @@ fn train_plan(train: TrainConfig, max_length: usize, check: &mut Check<'_>) -> T
         schedule,
     } = train;
     if tokens_per_batch < max_length {
-        let message = format!("`train.tokens-per-batch` is {tokens_per_batch}: a row of `data.max-length` = {max_length} tokens would not fit");
+        let message = format!(
+            "`train.tokens-per-batch` is {tokens_per_batch}: a row of `data.max-length` = {max_length} tokens would not fit"
+        );
         check.fail("train.tokens-per-batch", message, Some("raise it or lower data.max-length"));
     }
     check.at_least("train.accumulation", accumulation, 1);
@@ -226,7 +233,8 @@ fn length(epochs: Option<u64>, max_steps: Option<u64>, check: &mut Check<'_>) ->
     check.at_least("train.max-steps", max_steps.unwrap_or(1), 1);
     match (epochs, max_steps) {
         (Some(_), Some(steps)) => {
-            let message = "`train.epochs` and `train.max-steps` are both set: one alone can say how long".to_owned();
+            let message =
+                "`train.epochs` and `train.max-steps` are both set: one alone can say how long".to_owned();
             check.fail("train.max-steps", message, Some("remove one of the two"));
             Length::MaxSteps(steps)
         }

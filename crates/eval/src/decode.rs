@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
-use specforge_methods::{DraftMethod, Drafter};
-use specforge_models::{Capture, KvCache, Target};
+use specforge_methods::{DraftMethod, Drafter, VocabMap};
+use specforge_models::{Capture, KvCache, Target, TargetInfo};
 use specforge_nn::init::stream;
 use specforge_tensor::{Params, Tape, Tensor};
 
@@ -56,11 +56,13 @@ pub fn speculate(
     options: &Options,
 ) -> Result<Generated> {
     options.check()?;
+    check_vocab(target.info(), method.vocab())?;
     let started = Instant::now();
     let mut answer = Answer::new(target, index, prompt, options.max_new_tokens)?;
     let mut rng = stream(options.sampling.seed, &format!("eval.speculate.{index}"));
     let capture = Capture { layers: method.capture().layers.clone(), last_hidden: true };
-    let mut verifier = Verifier::new(target, capture, prompt.len() + answer.most + options.speculation.n_nodes)?;
+    let mut verifier =
+        Verifier::new(target, capture, prompt.len() + answer.most + options.speculation.n_nodes);
     let mut drafter = method.drafter(params)?;
     // 1. The prompt: row i is the target's state of t_i beside t_{i+1}; the last one is the token just chosen.
     let (states, logits) = verifier.prefill(prompt)?;
@@ -74,7 +76,8 @@ pub fn speculate(
     let mut accepted = Vec::new();
     while stop.is_none() {
         let round = Round { method, options, context: answer.context };
-        let (states, verified, tokens) = round.run(&mut verifier, &mut *drafter, (root, draft_logits), &mut rng)?;
+        let (states, verified, tokens) =
+            round.run(&mut verifier, &mut *drafter, (root, draft_logits), &mut rng)?;
         let before = answer.tokens.len();
         stop = answer.take(&tokens);
         accepted.push((answer.tokens.len() - before).min(verified.accepted.len()));
@@ -91,7 +94,7 @@ pub fn plain(target: &Target, (index, prompt): (usize, &[u32]), options: &Option
     let mut answer = Answer::new(target, index, prompt, options.max_new_tokens)?;
     let mut rng = stream(options.sampling.seed, &format!("eval.plain.{index}"));
     let capture = Capture { layers: Vec::new(), last_hidden: true };
-    let mut verifier = Verifier::new(target, capture, prompt.len() + answer.most)?;
+    let mut verifier = Verifier::new(target, capture, prompt.len() + answer.most);
     let (_, mut logits) = verifier.prefill(prompt)?;
     loop {
         let token = choose(&logits, &options.sampling, &mut rng)?;
@@ -156,8 +159,8 @@ struct Verifier<'a> {
 }
 
 impl<'a> Verifier<'a> {
-    fn new(target: &'a Target, capture: Capture, capacity: usize) -> Result<Self> {
-        Ok(Self { target, cache: KvCache::new(target, capacity)?, capture })
+    fn new(target: &'a Target, capture: Capture, capacity: usize) -> Self {
+        Self { target, cache: KvCache::new(target, capacity), capture }
     }
 
     /// Runs the prompt: the captured states of all its tokens, and the logits after the last.
@@ -181,8 +184,7 @@ impl<'a> Verifier<'a> {
         let parent_row = |parent: Option<usize>| parent.map_or(0, |p| p as u32 + 1);
         let parents: Vec<u32> =
             [u32::MAX].into_iter().chain(proposal.nodes.iter().map(|n| parent_row(n.parent))).collect();
-        let is_chain = parents.iter().skip(1).enumerate().all(|(row, &parent)| parent == row as u32);
-        self.extend(&ids, (!is_chain).then_some(&parents))
+        self.extend(&ids, Some(&parents))
     }
 }
 
@@ -199,18 +201,8 @@ struct Answer<'a> {
 impl<'a> Answer<'a> {
     fn new(target: &'a Target, index: usize, prompt: &[u32], max_new_tokens: usize) -> Result<Self> {
         let info = target.info();
+        check_prompt(info, index, prompt)?;
         let context = info.max_position_embeddings;
-        let refuse = |reason: String| Err(Error::Prompt { prompt: index, reason });
-        if prompt.is_empty() {
-            return refuse("empty: expected at least one token".to_owned());
-        }
-        if prompt.len() >= context {
-            let n = prompt.len();
-            return refuse(format!("{n} tokens leave no room for an answer: the target's context is {context}"));
-        }
-        if let Some(id) = prompt.iter().find(|&&id| id as usize >= info.vocab_size) {
-            return refuse(format!("token {id}: expected ids below the target's vocabulary of {}", info.vocab_size));
-        }
         let room = context - prompt.len();
         let (most, full) =
             if max_new_tokens <= room { (max_new_tokens, Stop::Length) } else { (room, Stop::Context) };
@@ -231,9 +223,46 @@ impl<'a> Answer<'a> {
         None
     }
 
-    fn finish(self, stop: Option<Stop>, started: Instant, accepted: Vec<usize>, last_logits: Vec<f32>) -> Generated {
+    fn finish(
+        self,
+        stop: Option<Stop>,
+        started: Instant,
+        accepted: Vec<usize>,
+        last_logits: Vec<f32>,
+    ) -> Generated {
         let stop = stop.expect("decoding goes on until the answer ends");
-        Generated { tokens: self.tokens, accepted, stop, seconds: started.elapsed().as_secs_f64(), last_logits }
+        Generated {
+            tokens: self.tokens,
+            accepted,
+            stop,
+            seconds: started.elapsed().as_secs_f64(),
+            last_logits,
+        }
+    }
+}
+
+/// Refuses a prompt that leaves nothing to decode.
+pub(crate) fn check_prompt(target: &TargetInfo, index: usize, prompt: &[u32]) -> Result<()> {
+    let (n, context, vocab_size) = (prompt.len(), target.max_position_embeddings, target.vocab_size);
+    let unknown = prompt.iter().find(|&&id| id as usize >= vocab_size);
+    let reason = match unknown {
+        _ if n == 0 => "empty: expected at least one token".to_owned(),
+        _ if n >= context => {
+            format!("{n} tokens leave no room for an answer: the target's context is {context}")
+        }
+        Some(id) => format!("token {id}: expected ids below the target's vocabulary of {vocab_size}"),
+        None => return Ok(()),
+    };
+    Err(Error::Prompt { prompt: index, reason })
+}
+
+/// Refuses a draft that can name tokens the target does not have.
+fn check_vocab(target: &TargetInfo, vocab: &VocabMap) -> Result<()> {
+    match vocab.target_ids().last() {
+        Some(&token) if token as usize >= target.vocab_size => {
+            Err(Error::Vocabulary { token, vocab_size: target.vocab_size })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -7,6 +7,7 @@ use specforge_methods::DraftMethod;
 use specforge_models::Target;
 use specforge_tensor::Params;
 
+use crate::decode::check_prompt;
 use crate::{Difference, Error, Generated, Options, PromptResult, Report, Result, plain, speculate};
 
 /// Decodes `prompts` (token ids of the target) and reports how many proposed tokens are accepted, what that is worth,
@@ -23,6 +24,8 @@ pub fn evaluate(
     if prompts.is_empty() {
         return Err(Error::NoPrompts);
     }
+    // All of them first: a bad one must not stop the evaluation halfway.
+    prompts.iter().enumerate().try_for_each(|(i, prompt)| check_prompt(target.info(), i, prompt))?;
     let started = Instant::now();
     let run = Run { target, method, params, options };
     // Side by side a few prompts for every thread at a time, so that progress is heard of from this thread.
@@ -32,11 +35,13 @@ pub fn evaluate(
     for chunk in prompts.chunks(at_once) {
         let first = outcomes.len();
         let one = |(i, prompt): (usize, &Vec<u32>)| run.prompt(first + i, prompt);
-        if options.parallel {
-            outcomes.extend(chunk.par_iter().enumerate().map(one).collect::<Result<Vec<_>>>()?);
+        // Every outcome first, then the first error: which one is reported must not depend on threads.
+        let done: Vec<Result<_>> = if options.parallel {
+            chunk.par_iter().enumerate().map(one).collect()
         } else {
-            outcomes.extend(chunk.iter().enumerate().map(one).collect::<Result<Vec<_>>>()?);
-        }
+            chunk.iter().enumerate().map(one).collect()
+        };
+        outcomes.extend(done.into_iter().collect::<Result<Vec<_>>>()?);
         progress(outcomes.len() as u64, prompts.len() as u64);
     }
     let (results, differences): (Vec<_>, Vec<_>) = outcomes.into_iter().unzip();
@@ -58,28 +63,29 @@ impl Run<'_> {
         let generated = speculate(self.target, self.method, self.params, (index, prompt), options)?;
         let own = options.plain.then(|| plain(self.target, (index, prompt), options)).transpose()?;
         let difference = match &own {
-            Some(own) if greedy => self.difference(index, prompt, &generated, own)?,
+            Some(own) if greedy => difference(self.target, (index, prompt), &generated, own, options)?,
             _ => None,
         };
         let result = PromptResult::new((index, prompt.len()), generated, own.as_ref(), greedy);
         Ok((result, difference))
     }
+}
 
-    /// The first token that is not the target's own. Decodes without the draft once more up to there for the logits.
-    fn difference(
-        &self,
-        prompt: usize,
-        ids: &[u32],
-        with: &Generated,
-        without: &Generated,
-    ) -> Result<Option<Difference>> {
-        let mut pairs = with.tokens.iter().zip(&without.tokens);
-        let Some(index) = pairs.position(|(a, b)| a != b) else { return Ok(None) };
-        let (token, plain_token) = (with.tokens[index], without.tokens[index]);
-        let options = Options { max_new_tokens: index + 1, ..self.options.clone() };
-        let logits = plain(self.target, (prompt, ids), &options)?.last_logits;
-        let logit = |token: u32| f64::from(logits[token as usize]);
-        let logit_gap = logit(plain_token) - logit(token);
-        Ok(Some(Difference { prompt, index, token, plain_token, logit_gap }))
-    }
+/// The first token of an answer `with` a draft that is not the target's own, and how close the two were. Decodes up to
+/// there once more without the draft for the logits.
+pub fn difference(
+    target: &Target,
+    (index, prompt): (usize, &[u32]),
+    with: &Generated,
+    without: &Generated,
+    options: &Options,
+) -> Result<Option<Difference>> {
+    let mut pairs = with.tokens.iter().zip(&without.tokens);
+    let Some(at) = pairs.position(|(a, b)| a != b) else { return Ok(None) };
+    let (token, plain_token) = (with.tokens[at], without.tokens[at]);
+    let options = Options { max_new_tokens: at + 1, ..options.clone() };
+    let logits = plain(target, (index, prompt), &options)?.last_logits;
+    let logit = |token: u32| f64::from(logits[token as usize]);
+    let logit_gap = logit(plain_token) - logit(token);
+    Ok(Some(Difference { prompt: index, index: at, token, plain_token, logit_gap }))
 }

@@ -14,7 +14,7 @@ mod report;
 pub mod verify;
 
 pub use decode::{Generated, Stop, plain, speculate};
-pub use evaluate::evaluate;
+pub use evaluate::{difference, evaluate};
 pub use options::{Options, Sampling, Speculation};
 pub use report::{Difference, Mode, PromptResult, Report};
 
@@ -44,7 +44,9 @@ pub enum Error {
         reason: String,
     },
     /// Logits from which no token can be chosen.
-    #[error("the {model}'s logits are not finite (token {token} has {value}): its weights or states are damaged")]
+    #[error(
+        "the {model}'s logits are not finite (token {token} has {value}): its weights or states are damaged"
+    )]
     NonFinite {
         /// `target` or `draft`.
         model: &'static str,
@@ -62,6 +64,16 @@ pub enum Error {
         expected: usize,
         /// The number that came.
         got: usize,
+    },
+    /// A draft made for another target.
+    #[error(
+        "the draft's vocabulary names token {token}, the target has {vocab_size}: they do not belong together"
+    )]
+    Vocabulary {
+        /// The largest token the draft can name.
+        token: u32,
+        /// The target's vocabulary.
+        vocab_size: usize,
     },
     /// The draft.
     #[error(transparent)]

@@ -62,7 +62,8 @@ impl Speculation {
 
     /// Refuses settings that SGLang would refuse or silently change.
     pub fn check(&self) -> Result<()> {
-        let error = |key, got: usize, reason: String| Err(Error::Options { key, got: got.to_string(), reason });
+        let error =
+            |key, got: usize, reason: String| Err(Error::Options { key, got: got.to_string(), reason });
         if !(1..=32).contains(&self.steps) {
             return error("steps", self.steps, "expected 1 to 32".to_owned());
         }
@@ -70,7 +71,8 @@ impl Speculation {
             return error("topk", self.topk, "expected 1 to 64".to_owned());
         }
         if self.is_chain() && self.n_nodes != self.steps + 1 {
-            let reason = format!("a chain (topk = 1) has steps + 1 = {} nodes, the root included", self.steps + 1);
+            let reason =
+                format!("a chain (topk = 1) has steps + 1 = {} nodes, the root included", self.steps + 1);
             return error("n_nodes", self.n_nodes, reason);
         }
         let most = 1 + self.topk + (self.steps - 1) * self.topk * self.topk;
@@ -146,7 +148,10 @@ mod tests {
 
     fn check(options: Options, key: &str) {
         let error = options.check().expect_err("must be refused").to_string();
-        assert!(error.starts_with(key) && error.contains("expected") | error.contains("has steps + 1"), "{error}");
+        assert!(
+            error.starts_with(key) && error.contains("expected") | error.contains("has steps + 1"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -80,8 +80,11 @@ pub fn propose(
             let q = distribution(&logits, vocab, &choice.sampling)?;
             let score = parent.map_or(1.0, |p: usize| candidates[p].score);
             let children = choose_children(&q, speculation.topk, choice).into_iter();
-            candidates.extend(children.map(|(id, mass)| {
-                Candidate { token: vocab.target_ids()[id], parent, score: score * q[id], rank: score * mass }
+            candidates.extend(children.map(|(id, mass)| Candidate {
+                token: vocab.target_ids()[id],
+                parent,
+                score: score * q[id],
+                rank: score * mass,
             }));
             distributions.insert(parent, q);
         }

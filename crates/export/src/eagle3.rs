@@ -101,9 +101,9 @@ impl<'a> Eagle3Export<'a> {
         for mut tensor in self.tensors {
             tensor.name = canonical(&tensor.name);
             match tensor.name.as_str() {
-                "embed_tokens.weight" if !keep_embeddings => continue,
+                "embed_tokens.weight" if !keep_embeddings => {}
                 "d2t" if whole_vocabulary => expect_identity(&tensor)?,
-                "t2d" if whole_vocabulary => continue,
+                "t2d" if whole_vocabulary => {}
                 _ => tensors.push(tensor.floats_to_bf16()),
             }
         }

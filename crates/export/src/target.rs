@@ -146,8 +146,14 @@ pub(crate) fn architecture(config: &Value) -> &str {
     config.pointer("/architectures/0").and_then(Value::as_str).unwrap_or("")
 }
 
+/// A number from 1 to 2^31 - 1, so that products of two stay far from overflowing.
 pub(crate) fn positive(value: &Value) -> Option<usize> {
-    value.as_u64().filter(|&number| number > 0).and_then(|number| usize::try_from(number).ok())
+    index(value).filter(|&number| number > 0)
+}
+
+/// A number from 0 to 2^31 - 1.
+pub(crate) fn index(value: &Value) -> Option<usize> {
+    value.as_u64().filter(|&number| i32::try_from(number).is_ok()).map(|number| number as usize)
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value> {

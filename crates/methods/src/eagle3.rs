@@ -346,6 +346,8 @@ pub struct Eagle3 {
     rope: RopeTables,
     /// Whether the head reads the normed state. Always, but for one of SpecForge's reference cases.
     head_norm: bool,
+    /// Whether rows without loss are computed too. Never, but in the test that compares the two.
+    all_rows_live: bool,
 }
 
 impl Eagle3 {
@@ -390,7 +392,7 @@ impl Eagle3 {
         let teacher_head = Tape::inference(params).gather_rows(&head, &kept)?.value().clone();
         let rope = RopeTables::new(dims.rope.clone(), device);
         let modules = Modules::find(params, &dims)?;
-        Ok(Self { config: config.clone(), dims, capture, vocab, modules, teacher_head, rope, head_norm: true })
+        Ok(Self { config: config.clone(), dims, capture, vocab, modules, teacher_head, rope, head_norm: true, all_rows_live: false })
     }
 
     fn attention_shape(&self) -> AttentionShape {
@@ -606,6 +608,9 @@ impl Plan {
             _ => batch.bounds.len() as f64,
         };
         let mut live = pairs.clone();
+        if method.all_rows_live {
+            live.extend(0..batch.n_tokens() as u32);
+        }
         live.sort_unstable();
         live.dedup();
         let place = |p: &u32| live.binary_search(p).expect("every row with loss is live") as u32;

@@ -1,1 +1,30 @@
-//! Target architectures, one file each.
+//! Frozen target models: read from Hugging Face folders, run forward, their hidden states captured.
+//!
+//! [`Target::forward`] runs a packed batch of documents for training, [`Target::extend`] decodes with a
+//! [`KvCache`], along one sequence or a tree of proposals. [`TargetInfo`] describes a target without its weights.
+//! This crate knows no draft method and no feature store: what to record is a [`Capture`].
+//!
+//! To add an architecture: write its file (settings, a `Layer` with a numbered forward, `new` that mirrors the
+//! checkpoint's names) and one line in [`architecture`].
+
+mod architecture;
+mod cache;
+mod capture;
+mod config;
+mod error;
+mod info;
+mod loader;
+mod mlp;
+mod pass;
+mod rotary;
+mod target;
+
+mod llama;
+mod qwen2;
+mod qwen3;
+
+pub use cache::KvCache;
+pub use capture::{Capture, Captured};
+pub use error::{Error, Result};
+pub use info::TargetInfo;
+pub use target::Target;

@@ -26,14 +26,18 @@ pub enum Error {
     },
 
     /// A saved state without a tensor that a trained parameter needs.
-    #[error("optimizer state: tensor {tensor} is missing; the checkpoint is of another model or other frozen parts")]
+    #[error(
+        "optimizer state: tensor {tensor} is missing; the checkpoint is of another model or other frozen parts"
+    )]
     Missing {
         /// The tensor.
         tensor: String,
     },
 
     /// A saved tensor that does not fit its parameter.
-    #[error("optimizer state: tensor {tensor} is {got}, expected {expected}; the checkpoint is of another model")]
+    #[error(
+        "optimizer state: tensor {tensor} is {got}, expected {expected}; the checkpoint is of another model"
+    )]
     Mismatch {
         /// The tensor.
         tensor: String,
@@ -109,7 +113,8 @@ impl AdamW {
         }
         let clip = self.config.clip(grad_norm);
         for (index, id) in stepped {
-            let state = self.states[index].as_mut().expect("no parameter is unfrozen after the optimizer is made");
+            let state =
+                self.states[index].as_mut().expect("no parameter is unfrozen after the optimizer is made");
             let grad = grads.get(id).expect("only parameters with a gradient are stepped");
             state.update(&mut params.get_mut(id).value, grad, self.config.adam_step(lr, clip / weight));
         }
@@ -146,7 +151,8 @@ impl AdamW {
 
 /// The root of the sum of squares over all gradients, in declaration order.
 fn global_norm(stepped: &[(usize, ParamId)], grads: &Grads) -> f64 {
-    let squares = stepped.iter().filter_map(|(_, id)| grads.get(*id)).map(|g| g.device().kernels().sum_squares(g));
+    let squares =
+        stepped.iter().filter_map(|(_, id)| grads.get(*id)).map(|g| g.device().kernels().sum_squares(g));
     squares.sum::<f64>().sqrt()
 }
 
@@ -167,7 +173,8 @@ impl State {
 
     fn named(&self, param: &Param) -> Vec<(String, Tensor)> {
         let named = |kind: &str, tensor: &Tensor| (format!("{kind}.{}", param.name), tensor.clone());
-        let steps = Tensor::from_f32(param.value.device(), vec![self.steps as f32], &[1]).expect("one element");
+        let steps =
+            Tensor::from_f32(param.value.device(), vec![self.steps as f32], &[1]).expect("one element");
         let mut all = vec![
             named("exp_avg", &self.exp_avg),
             named("exp_avg_sq", &self.exp_avg_sq),

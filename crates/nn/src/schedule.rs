@@ -63,7 +63,11 @@ impl ScheduleConfig {
         let share = |v: f64| (0.0..=1.0).contains(&v);
         if let Some(ratio) = self.warmup_ratio {
             if self.warmup_steps.is_some() {
-                return fail("warmup-ratio", ratio.to_string(), "warmup-steps is given too; keep one of the two");
+                return fail(
+                    "warmup-ratio",
+                    ratio.to_string(),
+                    "warmup-steps is given too; keep one of the two",
+                );
             }
             if !share(ratio) {
                 return fail("warmup-ratio", ratio.to_string(), "a share of the horizon is between 0 and 1");
@@ -74,11 +78,19 @@ impl ScheduleConfig {
             return fail("min-lr-ratio", floor.to_string(), "a share of the largest rate is between 0 and 1");
         }
         if floor > 0.0 && self.kind == ScheduleKind::Constant {
-            return fail("min-lr-ratio", floor.to_string(), "a constant schedule has no floor; remove it or change kind");
+            return fail(
+                "min-lr-ratio",
+                floor.to_string(),
+                "a constant schedule has no floor; remove it or change kind",
+            );
         }
         match self.decay_ratio {
             Some(ratio) if self.kind != ScheduleKind::Wsd => {
-                return fail("decay-ratio", ratio.to_string(), "only kind = \"wsd\" decays at the end; remove it");
+                return fail(
+                    "decay-ratio",
+                    ratio.to_string(),
+                    "only kind = \"wsd\" decays at the end; remove it",
+                );
             }
             Some(ratio) if !share(ratio) => {
                 return fail("decay-ratio", ratio.to_string(), "a share of the horizon is between 0 and 1");
@@ -108,7 +120,8 @@ impl ScheduleConfig {
             ScheduleKind::Linear => self.above_floor(1.0 - progress(done, rest)),
             ScheduleKind::Wsd => {
                 let decay = ((self.decay_ratio.unwrap_or(DECAY_RATIO) * total as f64) as u64).min(rest);
-                self.above_floor(1.0 - progress(done.saturating_sub(rest - decay), decay))
+                let decayed = done.checked_sub(rest - decay).map_or(0.0, |done| progress(done, decay));
+                self.above_floor(1.0 - decayed)
             }
         }
     }

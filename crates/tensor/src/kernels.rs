@@ -74,6 +74,8 @@ pub struct SoftTargets<'a> {
     pub acceptance_weight: &'a Tensor,
     /// Which acceptance term.
     pub log_acceptance: bool,
+    /// Whether the gradient for the draft rows is wanted.
+    pub wants_dx: bool,
 }
 
 /// What the loss says of each of its R rows.
@@ -182,8 +184,8 @@ pub trait Kernels: Debug + Sync {
     fn vocab_stats(&self, hidden: &Tensor, head: &Tensor) -> VocabStats;
     /// The same of given logits `[R, V]`.
     fn logit_stats(&self, logits: &Tensor) -> VocabStats;
-    /// The fused head and soft-target loss of draft rows `x [R, H]`, head `[Vd, H]`. With `dhead`, gradients are
-    /// computed too: the objective's for x is returned, that for the head is added.
+    /// The fused head and soft-target loss of draft rows `x [R, H]`, head `[Vd, H]`. The objective's gradient for x
+    /// is returned if wanted, that for the head is added to `dhead` if given.
     fn soft_target_loss(&self, x: &Tensor, head: &Tensor, targets: &SoftTargets<'_>, dhead: Option<&mut Tensor>) -> RowLoss;
     /// Updates `param` (through `master` where the storage is not float32) and the moments.
     fn adam_step(

@@ -27,6 +27,8 @@ mod ops;
 mod params;
 mod tape;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub use device::Device;
 pub use error::{Error, Result};

@@ -173,13 +173,19 @@ impl<'p> Tape<'p> {
         Ok(self.replay(seeds)?.grads)
     }
 
+    /// The gradients that terminal operations have left, for [`Tape::backward_to`].
+    #[cfg(test)]
+    pub(crate) fn take_seeds(&self) -> Vec<(Var, Tensor)> {
+        self.seeds.take()
+    }
+
     /// As [`Tape::backward_from`]; also the gradients of `leaves`.
     #[cfg(test)]
     pub(crate) fn backward_to(self, seeds: Vec<(Var, Tensor)>, leaves: &[Var]) -> Result<(Grads, Vec<Tensor>)> {
-        let sink = self.replay(seeds)?;
-        let of = |v: &Var| sink.by_node[v.node.expect("a leaf")].clone();
+        let Sink { by_node, grads, .. } = self.replay(seeds)?;
+        let of = |v: &Var| by_node[v.node.expect("a leaf")].clone();
         let d = leaves.iter().map(|v| of(v).unwrap_or_else(|| Tensor::zeros(v.value.device(), v.value.shape())));
-        Ok((Grads::new(), d.collect()))
+        Ok((grads, d.collect()))
     }
 
     fn replay(self, seeds: Vec<(Var, Tensor)>) -> Result<Sink<'p>> {

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use specforge_export::{Tensor as FileTensor, write_safetensors};
-use specforge_nn::optimizer::AdamW;
+use specforge_nn::optimizer::{AdamW, AdamWConfig};
 use specforge_nn::weights::Weights;
-use specforge_tensor::{DType, Params, Tensor};
+use specforge_tensor::{DType, Device, Params, Tensor};
 
 use crate::{Error, Result};
 
@@ -89,17 +89,15 @@ impl Checkpoint {
         self.folder.join(DRAFT)
     }
 
-    /// Puts the saved weights and optimizer state into place, exactly.
-    pub fn restore(&self, params: &mut Params, optimizer: &mut AdamW) -> Result<()> {
+    /// Puts the saved weights into `params`, exactly, and gives the optimizer as it was.
+    pub fn restore(&self, params: &mut Params, config: AdamWConfig) -> Result<AdamW> {
         self.restore_weights(params)?;
         let weights = Weights::open(&self.folder.join(OPTIMIZER))?;
-        let names: Vec<String> = weights.names().map(str::to_owned).collect();
-        let mut tensors = Vec::new();
-        for name in names {
-            let view = weights.get(&name).expect("a name of the file");
-            tensors.push((name, Tensor::from_f32(specforge_tensor::Device::Cpu, view.to_f32(), view.shape)?));
-        }
-        Ok(optimizer.import(params, self.state.position.step, tensors)?)
+        let find = |name: &str| {
+            let view = weights.get(name)?;
+            Tensor::from_f32(Device::Cpu, view.to_f32(), view.shape).ok()
+        };
+        Ok(AdamW::restore(config, params, self.state.position.step, find)?)
     }
 
     /// Puts the saved weights of the draft into place.
@@ -199,7 +197,7 @@ impl Checkpoints {
         fs_err::create_dir_all(folder)?;
         let draft: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
         write_safetensors(&folder.join(DRAFT), &draft)?;
-        let moments: Vec<_> = optimizer.export(params).iter().map(|(name, t)| file_tensor(name, t)).collect();
+        let moments: Vec<_> = optimizer.state(params).iter().map(|(name, t)| file_tensor(name, t)).collect();
         write_safetensors(&folder.join(OPTIMIZER), &moments)?;
         let text = serde_json::to_string_pretty(state).map_err(std::io::Error::other)?;
         write_synced(&folder.join(STATE), &text)?;

@@ -30,7 +30,7 @@ pub(crate) fn step(
         rows: rows.to_vec(),
         checkpoint: String::new(),
     };
-    let number = optimizer.step_count() + 1;
+    let number = optimizer.steps() + 1;
     for batch in batches {
         let batch = batch?;
         rows.extend(&batch.rows);
@@ -44,14 +44,12 @@ pub(crate) fn step(
         grads = tape.backward()?;
         figures.add(&loss, batch.n_tokens());
     }
-    // Divide once, clip, update.
-    let weight = figures.objective.weight;
-    let grad_norm = optimizer.grad_norm(params, &grads, weight);
-    if !grad_norm.is_finite() {
-        return Err(not_finite("gradient norm", grad_norm, &rows, number));
+    // Divide once, clip, update; nothing is updated if the norm is not finite.
+    let report = optimizer.step(params, &grads, figures.objective.weight, lr);
+    if !report.grad_norm.is_finite() {
+        return Err(not_finite("gradient norm", report.grad_norm, &rows, number));
     }
-    optimizer.step(params, &grads, weight, lr)?;
-    Ok(Step { figures, grad_norm })
+    Ok(Step { figures, grad_norm: report.grad_norm })
 }
 
 /// Losses and metrics of held-out batches; nothing is trained.

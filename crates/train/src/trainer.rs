@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use specforge_methods::{Batch, DraftMethod};
 use specforge_nn::optimizer::AdamW;
-use specforge_nn::schedule::Schedule;
+use specforge_nn::schedule::ScheduleConfig;
 use specforge_tensor::Params;
 
 use crate::checkpoint::Best;
@@ -32,7 +32,7 @@ pub struct Settings {
     /// Checkpoints kept besides the best; 0: all.
     pub keep: usize,
     /// The learning rate over the run.
-    pub schedule: Schedule,
+    pub schedule: ScheduleConfig,
     /// Rows held out for evaluation, as micro-batches.
     pub held_out: Vec<Vec<usize>>,
 }
@@ -109,7 +109,7 @@ pub enum Outcome {
 impl Trainer<'_> {
     /// Takes up a saved step: the run goes on to the same bits as one that never stopped.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        checkpoint.restore(&mut self.params, &mut self.optimizer)?;
+        self.optimizer = checkpoint.restore(&mut self.params, self.optimizer.config().clone())?;
         self.state = State { identity: self.state.identity.clone(), ..checkpoint.state.clone() };
         Ok(())
     }
@@ -176,7 +176,8 @@ impl Trainer<'_> {
         checkpoints: &Checkpoints,
     ) -> Result<()> {
         let started = Instant::now();
-        let lr = self.settings.schedule.lr(self.state.position.step);
+        let factor = self.settings.schedule.lr_factor(self.state.position.step, self.settings.total_steps);
+        let lr = self.optimizer.config().lr * factor;
         let batches = (0..n_batches).map(|_| batches.recv().expect("the fetching thread sends every batch"));
         let done = step(self.method, (&mut self.params, &mut self.optimizer), batches, lr);
         let done = done.map_err(|e| with_last_good(e, checkpoints))?;

@@ -33,7 +33,11 @@ pub(super) fn enumeration(source: &str, name: &str) -> Option<Documented> {
     })
 }
 
-fn documented(source: &str, head: &str, item: impl Fn(&str) -> Option<(String, String)>) -> Option<Documented> {
+fn documented(
+    source: &str,
+    head: &str,
+    item: impl Fn(&str) -> Option<(String, String)>,
+) -> Option<Documented> {
     let mut doc = Vec::new();
     let mut lines = source.lines();
     loop {

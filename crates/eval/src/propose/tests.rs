@@ -25,7 +25,9 @@ impl Drafter for ByDepth {
 
     fn expand(&mut self, nodes: &[(u32, Option<usize>)]) -> MethodResult<Vec<Vec<f32>>> {
         self.calls.push(nodes.to_vec());
-        self.depths.extend(nodes.iter().map(|(_, parent)| 1 + parent.map_or(0, |p| self.depths[p])).collect::<Vec<_>>());
+        self.depths.extend(
+            nodes.iter().map(|(_, parent)| 1 + parent.map_or(0, |p| self.depths[p])).collect::<Vec<_>>(),
+        );
         let first = self.depths.len() - nodes.len();
         Ok(self.depths[first..].iter().map(|&depth| self.logits(depth)).collect())
     }
@@ -42,7 +44,8 @@ fn run(drafter: &mut ByDepth, vocab: &VocabMap, shape: (usize, usize, usize), te
     speculation.check().expect("a valid shape");
     let mut rng = stream(3, "propose");
     let mut choice = Choice { sampling: Sampling { temperature, ..Sampling::default() }, rng: &mut rng };
-    propose(drafter, drafter.logits(0), vocab, &speculation, &mut choice).expect("a proposal")
+    let root = drafter.logits(0);
+    propose(drafter, root, vocab, &speculation, &mut choice).expect("a proposal")
 }
 
 fn nodes(proposal: &Proposal) -> Vec<(u32, Option<usize>)> {

@@ -198,7 +198,11 @@ fn a_smaller_draft_vocabulary_changes_nothing() {
 fn tokens_that_the_target_rules_out_never_come() {
     check(&Case { without: &[0, 3], ..Case::new(3, 1, 4) });
     check(&Case { without: &[1], ..Case::new(3, 2, 8) });
-    check(&Case { without: &[4], vocab: VocabMap::from_offsets(&[0, 2, 2], V).expect("offsets"), ..Case::new(2, 2, 6) });
+    check(&Case {
+        without: &[4],
+        vocab: VocabMap::from_offsets(&[0, 2, 2], V).expect("offsets"),
+        ..Case::new(2, 2, 6)
+    });
 }
 
 /// Shows that the distribution test sees a wrong proposal: it must be able to fail.

@@ -224,11 +224,11 @@ fn capture_layers(raw: &Value, config: &Eagle3Config, target: Option<&TargetConf
     // What is given as layer inputs is one more than the layer whose output is meant.
     let raw_ids = target.is_some_and(TargetConfig::takes_raw_capture_ids) && ids.first() != Some(&1);
     let outputs: Vec<u64> = ids.iter().map(|&id| (id as u64).saturating_sub(u64::from(raw_ids))).collect();
-    if let Some(last) = target.map(|target| target.num_hidden_layers as u64 - 1) {
-        if outputs.iter().any(|&layer| layer >= last) {
-            let what = format!("{ids:?} reaches layer {last}, the last one, whose output is never captured");
-            problems.push(Problem::error(&about, what, "train with earlier layers"));
-        }
+    if let Some(last) = target.map(|target| target.num_hidden_layers as u64 - 1)
+        && outputs.iter().any(|&layer| layer >= last)
+    {
+        let what = format!("{ids:?} reaches layer {last}, the last one, whose output is never captured");
+        problems.push(Problem::error(&about, what, "train with earlier layers"));
     }
     let vllm: Vec<u64> = outputs.iter().map(|layer| layer + 1).collect();
     if top_level.is_none_or(|top_level| top_level != vllm) {

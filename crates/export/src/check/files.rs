@@ -2,12 +2,14 @@
 //!
 //! SGLang reads every safetensors file there is, or, if there is an index, exactly those that it names.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::Value;
+use specforge_nn::weights::{self, Weights};
 
 use super::Problem;
-use crate::eagle3::{INDEX_FILE, SINGLE_FILE, safetensors_names};
+use crate::eagle3::{INDEX_FILE, SINGLE_FILE, canonical, safetensors_names};
 use crate::target::read_json;
 
 /// What is wrong with the list of files.
@@ -21,7 +23,7 @@ pub(super) fn problems(folder: &Path) -> Vec<Problem> {
     }
     match &files[..] {
         [] | [_] => files.iter().filter(|file| *file != SINGLE_FILE).map(|file| unusual_name(file)).collect(),
-        _ => files.iter().filter(|file| *file != SINGLE_FILE).map(|file| stray(file)).collect(),
+        _ => files.iter().filter(|file| *file != SINGLE_FILE).map(|file| stray(folder, file)).collect(),
     }
 }
 
@@ -48,9 +50,26 @@ fn with_index(files: &[String], indexed: &[String]) -> Vec<Problem> {
         .collect()
 }
 
-fn stray(file: &str) -> Problem {
-    let what = "it lies beside other weights without an index, and SGLang loads the tensors of all of them";
-    Problem::error(file, what, format!("leave only {SINGLE_FILE}, or add an index"))
+/// A file that SGLang loads on top of `model.safetensors`, because no index says otherwise.
+fn stray(folder: &Path, file: &str) -> Problem {
+    let fix = "remove it";
+    match tensor_in_both(folder, file) {
+        Ok(None) => Problem::warning(file, "SGLang reads it as well, and has no use for its tensors", fix),
+        Ok(Some(name)) => Problem::error(
+            file,
+            format!("SGLang reads it as well, and takes {name} from one file or the other"),
+            fix,
+        ),
+        Err(error) => Problem::error(file, format!("SGLang reads it as well, and fails: {error}"), fix),
+    }
+}
+
+/// A tensor of `file` that is also in `model.safetensors`, or would be taken for the vocabulary map.
+fn tensor_in_both(folder: &Path, file: &str) -> weights::Result<Option<String>> {
+    let main = Weights::open(folder.join(SINGLE_FILE))?;
+    let main: BTreeSet<String> = main.names().map(canonical).collect();
+    let other = Weights::open(folder.join(file))?;
+    Ok(other.names().find(|name| main.contains(&canonical(name)) || name.contains("d2t")).map(str::to_owned))
 }
 
 fn unusual_name(file: &str) -> Problem {

@@ -30,7 +30,7 @@ pub(super) fn problems(config: &Eagle3Config, weights: &Weights) -> Vec<Problem>
             None => {}
         }
     }
-    problems.extend(found.values().filter_map(|(name, _)| unknown(name, config, &slots)));
+    problems.extend(found.values().map(|(name, _)| unknown(name, config, &slots)));
     problems.extend(map_problems(config, &maps));
     problems
 }
@@ -54,10 +54,10 @@ fn missing(slot: &Slot) -> Problem {
 }
 
 /// A tensor that engines have no place for.
-fn unknown(name: &str, config: &Eagle3Config, slots: &[Slot]) -> Option<Problem> {
+fn unknown(name: &str, config: &Eagle3Config, slots: &[Slot]) -> Problem {
     let known = |name: &str| slots.iter().any(|slot| slot.name == canonical(name));
     if name.ends_with("rotary_emb.inv_freq") {
-        return Some(Problem::warning(name, "engines compute it themselves and ignore it", "remove it"));
+        return Problem::warning(name, "engines compute it themselves and ignore it", "remove it");
     }
     let fix = if let Some((prefix, _)) = name.split_once('.').filter(|(_, rest)| known(rest)) {
         format!("remove {prefix}. in front of the name")
@@ -69,12 +69,12 @@ fn unknown(name: &str, config: &Eagle3Config, slots: &[Slot]) -> Option<Problem>
         "it was trained, so write norm_before_fc: true into config.json".to_owned()
     } else if name.contains("mask_hidden") {
         "it belongs to a P-EAGLE draft, which SGLang does not serve".to_owned()
-    } else if name.ends_with(".bias") {
+    } else if name.rsplit('.').next() == Some("bias") {
         "no layer of an EAGLE3 draft has a bias: train without, or remove it".to_owned()
     } else {
         "rename or remove it".to_owned()
     };
-    Some(Problem::error(name, "engines have no place for it: SGLang ignores it without a word", fix))
+    Problem::error(name, "engines have no place for it: SGLang ignores it without a word", fix)
 }
 
 fn slot_problems(slot: &Slot, name: &str, view: View<'_>, maps: &mut Maps) -> Vec<Problem> {

@@ -5,10 +5,11 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::target::{TargetConfig, positive, rope_parameters, scaled};
+use crate::target::{TargetConfig, index, positive, rope_parameters, scaled};
 
 /// Sizes and flags of an EAGLE3 or EAGLE3.1 draft.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent keys of config.json")]
 pub struct Eagle3Config {
     /// Width of the draft (H).
     pub hidden_size: usize,
@@ -62,7 +63,9 @@ impl Eagle3Config {
             hidden_size,
             target_hidden_size: keys.optional_size("target_hidden_size")?.unwrap_or(hidden_size),
             intermediate_size: keys.size("intermediate_size")?,
-            num_hidden_layers: keys.size("num_hidden_layers")?,
+            num_hidden_layers: keys
+                .count("num_hidden_layers")?
+                .ok_or_else(|| keys.missing("num_hidden_layers"))?,
             num_attention_heads,
             num_key_value_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads),
             head_dim: keys.optional_size("head_dim")?.unwrap_or(hidden_size / num_attention_heads),
@@ -70,7 +73,7 @@ impl Eagle3Config {
             draft_vocab_size: draft_vocab_size.unwrap_or(vocab_size),
             rms_norm_eps: keys.epsilon()?,
             rope: rope_parameters(config),
-            num_aux_hidden_states: keys.optional_size("num_aux_hidden_states")?.unwrap_or(default_aux),
+            num_aux_hidden_states: keys.count("num_aux_hidden_states")?.unwrap_or(default_aux),
             capture_layers,
             fc_norm: keys.flag("fc_norm")? || keys.flag("use_aux_norm")?,
             norm_output: keys.flag("norm_output")?,
@@ -218,7 +221,19 @@ struct Keys<'a> {
 
 impl Keys<'_> {
     fn size(&self, key: &str) -> Result<usize> {
-        self.optional_size(key)?.ok_or_else(|| Error::key(self.path, key, "is missing"))
+        self.optional_size(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// Of layers or states: few, because each stands for tensors.
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        match self.optional_size(key)? {
+            Some(1025..) => Err(self.wrong(key, "at most 1024", &self.config[key])),
+            count => Ok(count),
+        }
+    }
+
+    fn missing(&self, key: &str) -> Error {
+        Error::key(self.path, key, "is missing")
     }
 
     /// None when the key is absent or null.
@@ -266,7 +281,7 @@ impl Keys<'_> {
         else {
             return Ok(None);
         };
-        let ids = value.as_array().and_then(|ids| ids.iter().map(|id| Some(id.as_u64()? as usize)).collect());
+        let ids = value.as_array().and_then(|ids| ids.iter().map(index).collect());
         ids.map(Some).ok_or_else(|| self.wrong(&format!("eagle_config.{IDS}"), "a list of layers", value))
     }
 

@@ -198,8 +198,15 @@ fn ids_that_are_taken_as_inputs_are_understood() {
 
 type Mutation = fn(&mut Vec<Tensor<'static>>);
 
+/// Asserts that each mutation of the tensors alone brings exactly its problem.
+fn expect_each(table: &[(Mutation, Severity, &str, &str)]) {
+    for (mutate, severity, about, what) in table {
+        expect_only(&checked(&config(), |_, tensors| mutate(tensors)), *severity, about, what);
+    }
+}
+
 #[test]
-fn wrong_tensors_are_named() {
+fn missing_and_unknown_tensors_are_named() {
     use Severity::{Error, Warning};
     let table: &[(Mutation, Severity, &str, &str)] = &[
         (|t| t.retain(|t| t.name != "fc.weight"), Error, "fc.weight", "it is missing (shape [48, 144])"),
@@ -243,6 +250,23 @@ fn wrong_tensors_are_named() {
             "midlayer.hidden_norm.weight",
             "the same as layers.0.hidden_norm.weight under another name",
         ),
+    ];
+    expect_each(table);
+    let prefixed = checked(&config(), |_, tensors| {
+        for tensor in tensors {
+            tensor.name = format!("draft_model.{}", tensor.name);
+        }
+    });
+    assert!(
+        prefixed.errors().any(|problem| problem.fix == "remove draft_model. in front of the name"),
+        "{prefixed:?}"
+    );
+}
+
+#[test]
+fn wrong_types_shapes_and_values_are_named() {
+    use Severity::{Error, Warning};
+    expect_each(&[
         (
             |t| *find(t, "norm.weight") = Tensor::f32("norm.weight", &[48], &[1.0; 48]),
             Warning,
@@ -275,8 +299,8 @@ fn wrong_tensors_are_named() {
         ),
         (
             |t| {
-                *find(t, "midlayer.self_attn.o_proj.weight") =
-                    Tensor::bf16("midlayer.self_attn.o_proj.weight", &[48, 64], &[0.0; 48 * 64])
+                let o_proj = find(t, "midlayer.self_attn.o_proj.weight");
+                *o_proj = Tensor::bf16(&o_proj.name, &o_proj.shape, &[0.0; 48 * 64]);
             },
             Warning,
             "midlayer.self_attn.o_proj.weight",
@@ -288,19 +312,7 @@ fn wrong_tensors_are_named() {
             "norm.weight",
             "largest element is",
         ),
-    ];
-    for (mutate, severity, about, what) in table {
-        expect_only(&checked(&config(), |_, tensors| mutate(tensors)), *severity, about, what);
-    }
-    let prefixed = checked(&config(), |_, tensors| {
-        for tensor in tensors {
-            tensor.name = format!("draft_model.{}", tensor.name);
-        }
-    });
-    assert!(
-        prefixed.errors().any(|problem| problem.fix == "remove draft_model. in front of the name"),
-        "{prefixed:?}"
-    );
+    ]);
 }
 
 #[test]
@@ -364,14 +376,16 @@ fn files_in_the_way_are_named() {
     let dir = tempdir();
     let out = dir.path().join("out");
     export(&config(), &target()).write(&out, WriteOptions::default()).unwrap();
-    let stray = [Tensor::bf16("norm.weight", &[48], &[1.0; 48])];
-    write_safetensors(&out.join("optimizer.safetensors"), &stray).unwrap();
-    expect_only(
-        &check(&out, None),
-        Severity::Error,
-        "optimizer.safetensors",
-        "loads the tensors of all of them",
-    );
+    let file = out.join("optimizer.safetensors");
+    let expect = |stray: &str, severity, what: &str| {
+        write_safetensors(&file, &[Tensor::bf16(stray, &[48], &[1.0; 48])]).unwrap();
+        expect_only(&check(&out, None), severity, "optimizer.safetensors", what);
+    };
+    expect("unrelated", Severity::Warning, "has no use for its tensors");
+    expect("my_d2t", Severity::Error, "takes my_d2t from one file or the other");
+    expect("model.norm.weight", Severity::Error, "takes model.norm.weight from one file or the other");
+    fs_err::write(&file, "").unwrap();
+    expect_only(&check(&out, None), Severity::Error, "optimizer.safetensors", "and fails: ");
     let index = |file: &str| json!({"weight_map": {"norm.weight": file}}).to_string();
     fs_err::write(out.join("model.safetensors.index.json"), index("model.safetensors")).unwrap();
     expect_only(&check(&out, None), Severity::Warning, "optimizer.safetensors", "does not name it");

@@ -32,7 +32,10 @@ pub(crate) fn eagle31() -> Eagle3Config {
 }
 
 pub(crate) fn rope(value: Value) -> Map<String, Value> {
-    value.as_object().unwrap().clone()
+    match value {
+        Value::Object(rope) => rope,
+        other => panic!("RoPE parameters are an object, not {other}"),
+    }
 }
 
 /// The `config.json` of a target that [`config`] fits.

@@ -124,6 +124,17 @@ fn what_is_not_this_draft_is_refused() {
     for (key, value, expected) in [
         ("hidden_size", json!("48"), "key hidden_size: expected a positive number, got \"48\""),
         ("hidden_size", json!(0), "key hidden_size: expected a positive number, got 0"),
+        (
+            "hidden_size",
+            json!(u64::MAX),
+            "key hidden_size: expected a positive number, got 18446744073709551615",
+        ),
+        ("num_hidden_layers", json!(1025), "key num_hidden_layers: expected at most 1024, got 1025"),
+        (
+            "eagle_config",
+            json!({"eagle_aux_hidden_state_layer_ids": [u64::MAX]}),
+            "expected a list of layers, got [",
+        ),
         ("vocab_size", Value::Null, "key vocab_size: is missing"),
         ("fc_norm", json!("yes"), "key fc_norm: expected true or false, got \"yes\""),
         ("rms_norm_eps", json!(-1), "key rms_norm_eps: expected a positive number, got -1"),

@@ -37,7 +37,12 @@ impl AdamWConfig {
             ("betas[0]", self.betas[0], beta(self.betas[0]), "a decay is at least 0 and below 1"),
             ("betas[1]", self.betas[1], beta(self.betas[1]), "a decay is at least 0 and below 1"),
             ("eps", self.eps, self.eps > 0.0 && self.eps.is_finite(), "it must be above 0, to divide by"),
-            ("weight-decay", self.weight_decay, not_negative(self.weight_decay), "it must be finite and at least 0"),
+            (
+                "weight-decay",
+                self.weight_decay,
+                not_negative(self.weight_decay),
+                "it must be finite and at least 0",
+            ),
             (
                 "max-grad-norm",
                 self.max_grad_norm,

@@ -39,9 +39,8 @@ fn golden_optimizer_states_and_parameters_agree_after_every_step() {
         let bf16 = run["param_dtype"] == "bfloat16";
         let dtype = if bf16 { DType::Bf16 } else { DType::F32 };
         let mut params = Params::new();
-        let ids = NAMES.map(|n| {
-            params.add(n, from_golden(&inputs, &format!("init.{n}")).cast(dtype).unwrap(), true)
-        });
+        let ids = NAMES
+            .map(|n| params.add(n, from_golden(&inputs, &format!("init.{n}")).cast(dtype).unwrap(), true));
         let config = AdamWConfig {
             lr: run["lr"].as_f64().unwrap(),
             eps: run["eps"].as_f64().unwrap(),
@@ -54,14 +53,18 @@ fn golden_optimizer_states_and_parameters_agree_after_every_step() {
         let (_, norms) = outputs.f32(&format!("{name}.grad_norm"));
         for (i, (&lr, &norm)) in rates.iter().zip(&norms).enumerate() {
             // The reference rounds the gradients of bfloat16 parameters.
-            let grad = |n| from_golden(&inputs, &format!("grad{i}.{n}")).cast(dtype).unwrap().cast(DType::F32).unwrap();
+            let grad = |n| {
+                from_golden(&inputs, &format!("grad{i}.{n}")).cast(dtype).unwrap().cast(DType::F32).unwrap()
+            };
             let grads: Vec<_> = ids.into_iter().zip(NAMES.map(grad)).collect();
-            let report = optimizer.step(&mut params, &grads_of(&params, &grads), 1.0, f64::from(lr));
+            let grads = grads_of(&params, &grads);
+            let report = optimizer.step(&mut params, &grads, 1.0, f64::from(lr));
             let step = format!("{name}.step{}", i + 1);
             assert_close(&step, &[report.grad_norm as f32], &[norm], atol, rtol);
             assert_eq!(report.clipped, norm > 0.5, "{step}");
             let state = optimizer.state(&params);
-            let find = |kind: &str, n| state.iter().find(|(s, _)| *s == format!("{kind}.{n}")).map(|(_, t)| t);
+            let find =
+                |kind: &str, n| state.iter().find(|(s, _)| *s == format!("{kind}.{n}")).map(|(_, t)| t);
             for (id, n) in ids.into_iter().zip(NAMES) {
                 let param = &params.get(id).value;
                 let master = find("master", n).unwrap_or(param);
@@ -73,7 +76,11 @@ fn golden_optimizer_states_and_parameters_agree_after_every_step() {
                 check("exp_avg", find("exp_avg", n).unwrap());
                 check("exp_avg_sq", find("exp_avg_sq", n).unwrap());
                 if bf16 {
-                    assert_eq!(param.to_bf16(), master.to_bf16(), "{step}: a parameter is its rounded master");
+                    assert_eq!(
+                        param.to_bf16(),
+                        master.to_bf16(),
+                        "{step}: a parameter is its rounded master"
+                    );
                     // Where master and expected master round to different neighbours, the parameter may too.
                     let name = format!("{step}.param.{n}");
                     assert_close(&name, &param.to_f32(), &outputs.f32(&name).1, 0.0, 1.0 / 128.0);
@@ -156,7 +163,8 @@ fn gradients_are_divided_by_the_weight_and_the_norm_is_that_of_the_mean() {
         // The first moment after one step is a tenth of the gradient that was applied.
         let applied = optimizer.state(&params)[0].1.to_f32();
         let factor = if clipped { 0.5 / norm } else { 0.25 } * 0.1;
-        let expected: Vec<f32> = sums.get(ids[0]).unwrap().to_f32().iter().map(|g| g * factor as f32).collect();
+        let expected: Vec<f32> =
+            sums.get(ids[0]).unwrap().to_f32().iter().map(|g| g * factor as f32).collect();
         assert_close("applied gradient", &applied, &expected, 1e-7, 1e-5);
     }
 }
@@ -173,7 +181,8 @@ fn a_restored_optimizer_goes_on_with_the_same_bits() {
     let (mut other_params, _) = model();
     other_params.get_mut(ids[0]).value = params.get(ids[0]).value.clone();
     let find = |name: &str| saved.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
-    let mut other = AdamW::restore(AdamWConfig::default(), &mut other_params, optimizer.steps(), find).unwrap();
+    let mut other =
+        AdamW::restore(AdamWConfig::default(), &mut other_params, optimizer.steps(), find).unwrap();
     for seed in 3..5 {
         let grads = random_grads(&params, &ids[..3], seed);
         let report = optimizer.step(&mut params, &grads, 2.0, 0.01);
@@ -220,17 +229,27 @@ fn a_norm_that_is_not_finite_changes_nothing() {
     assert!(!optimizer.step(&mut params, &nothing, 0.0, 0.1).grad_norm.is_finite());
     assert_eq!(optimizer.steps(), 0);
     assert_eq!(params.get(ids[0]).value.to_f32(), before.get(ids[0]).value.to_f32());
-    assert!(optimizer.state(&params).iter().filter(|(n, _)| n != "master.half").all(|(_, t)| t.to_f32().iter().all(|&v| v == 0.0)));
+    assert!(
+        optimizer
+            .state(&params)
+            .iter()
+            .filter(|(n, _)| n != "master.half")
+            .all(|(_, t)| t.to_f32().iter().all(|&v| v == 0.0))
+    );
 }
 
 #[test]
 fn settings_are_read_by_their_names_and_checked() {
     let read = |text: &str| serde_json::from_str::<AdamWConfig>(text);
     assert_eq!(read("{}").unwrap(), AdamWConfig::default());
-    let all = r#"{"lr": 0.002, "betas": [0.8, 0.95], "eps": 1e-6, "weight-decay": 0.1, "max-grad-norm": 1.0}"#;
-    let config = AdamWConfig { lr: 0.002, betas: [0.8, 0.95], eps: 1e-6, weight_decay: 0.1, max_grad_norm: 1.0 };
+    let all =
+        r#"{"lr": 0.002, "betas": [0.8, 0.95], "eps": 1e-6, "weight-decay": 0.1, "max-grad-norm": 1.0}"#;
+    let config =
+        AdamWConfig { lr: 0.002, betas: [0.8, 0.95], eps: 1e-6, weight_decay: 0.1, max_grad_norm: 1.0 };
     assert_eq!(read(all).unwrap(), config);
-    assert!(read(r#"{"weight_decay": 0.1}"#).unwrap_err().to_string().contains("unknown field `weight_decay`"));
+    assert!(
+        read(r#"{"weight_decay": 0.1}"#).unwrap_err().to_string().contains("unknown field `weight_decay`")
+    );
     for (text, message) in [
         (r#"{"lr": -1}"#, "lr = -1: a learning rate is a finite number of at least 0"),
         (r#"{"betas": [0.9, 1.0]}"#, "betas[1] = 1: a decay is at least 0 and below 1"),

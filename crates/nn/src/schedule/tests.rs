@@ -19,7 +19,8 @@ fn golden_lr_schedule() {
     let schedules = case_json(dir.join("lr_schedule.json"))["schedules"].as_array().unwrap().clone();
     assert!(!schedules.is_empty());
     for schedule in schedules {
-        let (base, total) = (schedule["base_lr"].as_f64().unwrap(), schedule["total_steps"].as_u64().unwrap());
+        let (base, total) =
+            (schedule["base_lr"].as_f64().unwrap(), schedule["total_steps"].as_u64().unwrap());
         let settings = |compat| ScheduleConfig {
             kind: serde_json::from_value(schedule["scheduler"].clone()).unwrap(),
             warmup_ratio: schedule["warmup_ratio"].as_f64(),
@@ -33,7 +34,10 @@ fn golden_lr_schedule() {
                 let got = base * config.lr_factor(step as u64, total);
                 // The textbook has no value beyond the horizon; ours is the floor.
                 let expected = expected.as_f64().unwrap_or(0.0);
-                assert!((got - expected).abs() <= 1e-12 * base, "{key}[{step}] of {total}: {got}, want {expected}");
+                assert!(
+                    (got - expected).abs() <= 1e-12 * base,
+                    "{key}[{step}] of {total}: {got}, want {expected}"
+                );
             }
         }
     }
@@ -114,7 +118,9 @@ fn wrong_settings_say_what_to_do() {
         assert_eq!(read(text).check().unwrap_err().to_string(), message);
     }
     let unknown = serde_json::from_str::<ScheduleConfig>(r#"{"kind": "step"}"#).unwrap_err().to_string();
-    assert!(unknown.contains("unknown variant `step`, expected one of `constant`, `linear`, `cosine`, `wsd`"));
+    assert!(
+        unknown.contains("unknown variant `step`, expected one of `constant`, `linear`, `cosine`, `wsd`")
+    );
     let unknown = serde_json::from_str::<ScheduleConfig>(r#"{"warmup_ratio": 0.1}"#).unwrap_err().to_string();
     assert!(unknown.contains("unknown field `warmup_ratio`"), "{unknown}");
 }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::attention::{Block, View};
 use super::gemm::{Mat, gemm_into};
-use super::simd::{axpy, dot};
+use super::simd::{axpy, dot, exp_shifted};
 use super::tensor;
 use crate::Tensor;
 use crate::kernels::{AttentionShape, Extra, Spans};
@@ -25,15 +25,9 @@ struct Part {
     /// `[keys, head_dim]`.
     dk: Vec<f32>,
     dv: Vec<f32>,
-    /// Per extra, in query order.
-    extras: Vec<Vec<ExtraGrad>>,
-}
-
-/// What one query adds to the gradients of its extra key and value.
-struct ExtraGrad {
-    row: usize,
-    key: Vec<f32>,
-    value: Vec<f32>,
+    /// Per extra, what each query that has it adds to its key's and value's gradient: `head_dim` elements each, by
+    /// block, query head and query.
+    extras: Vec<[Vec<f32>; 2]>,
 }
 
 /// The saved output, its log-sum-exp, and the gradient that came.
@@ -101,10 +95,12 @@ fn merge(view: &View<'_>, segment: &Segment, h: usize, part: Part, grads: &mut [
         add(&mut grads[1][r * kv + h * d..][..d], &part.dk[i * d..][..d]);
         add(&mut grads[2][r * kv + h * d..][..d], &part.dv[i * d..][..d]);
     }
-    for (dst, rows) in dextras.iter_mut().zip(part.extras) {
-        for grad in rows {
-            add(&mut dst[0][grad.row * kv + h * d..][..d], &grad.key);
-            add(&mut dst[1][grad.row * kv + h * d..][..d], &grad.value);
+    for ((extra, dst), [keys, values]) in view.extras.iter().zip(dextras).zip(part.extras) {
+        let rows = segment.blocks.iter().flat_map(|block| (0..group).flat_map(|_| block.rows.clone()));
+        let rows = rows.filter_map(|r| extra.row(r));
+        for ((row, key), value) in rows.zip(keys.chunks_exact(d)).zip(values.chunks_exact(d)) {
+            add(&mut dst[0][row * kv + h * d..][..d], key);
+            add(&mut dst[1][row * kv + h * d..][..d], value);
         }
     }
 }
@@ -116,7 +112,7 @@ fn segment_backward(view: &View<'_>, saved: &Saved<'_>, segment: &Segment, h: us
         dq: Vec::new(),
         dk: vec![0.0; n],
         dv: vec![0.0; n],
-        extras: view.extras.iter().map(|_| Vec::new()).collect(),
+        extras: view.extras.iter().map(|_| [Vec::new(), Vec::new()]).collect(),
     };
     for block in &segment.blocks {
         for head in h * group..(h + 1) * group {
@@ -152,9 +148,9 @@ fn head_backward(view: &View<'_>, saved: &Saved<'_>, block: &Block, head: usize,
         for (e, extra) in view.extras.iter().enumerate() {
             let Some(row) = extra.row(r) else { continue };
             axpy(&mut dq[i * d..][..d], ds[n_keys + e], view.kv_head(&extra.key, row, h));
-            let scaled = |factor: f32, x: &[f32]| x.iter().map(|v| v * factor).collect();
-            let (key, value) = (scaled(ds[n_keys + e], q), scaled(p[n_keys + e], dout));
-            part.extras[e].push(ExtraGrad { row, key, value });
+            let [keys, values] = &mut part.extras[e];
+            keys.extend(q.iter().map(|v| v * ds[n_keys + e]));
+            values.extend(dout.iter().map(|v| v * p[n_keys + e]));
         }
     }
     let (p, ds) = (Mat::new(&p, rows, n_keys, width), Mat::new(&ds, rows, n_keys, width));
@@ -166,8 +162,15 @@ fn head_backward(view: &View<'_>, saved: &Saved<'_>, block: &Block, head: usize,
 
 /// Scores to probabilities, given the log-sum-exp; zero where nothing is seen.
 fn probabilities(row: &mut [f32], visible: Range<usize>, n_keys: usize, lse: f32) {
-    for (j, s) in row.iter_mut().enumerate() {
-        let seen = (j >= n_keys || visible.contains(&j)) && *s > f32::NEG_INFINITY && lse > f32::NEG_INFINITY;
-        *s = if seen { (*s - lse).exp() } else { 0.0 };
+    if lse == f32::NEG_INFINITY {
+        row.fill(0.0);
+        return;
+    }
+    let (base, extras) = row.split_at_mut(n_keys);
+    base[..visible.start].fill(0.0);
+    base[visible.end..].fill(0.0);
+    exp_shifted(&mut base[visible], lse);
+    for e in extras {
+        *e = if *e == f32::NEG_INFINITY { 0.0 } else { (*e - lse).exp() };
     }
 }

@@ -2,60 +2,82 @@
 //! the draft's logits of all rows that read them, the loss, the gradient in place of the logits, its products with
 //! the head and the rows, and the chunk is gone.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::gemm::{matmul, matmul_t, matmul_tn_add};
-use super::rows::gather;
+use super::rows::{f32_rows, gather_values};
 use super::simd::{dot, exp_sum, max, overlap, scale, sum_exp, vectorised};
 use super::{f32_mut, tensor, u32s};
 use crate::kernels::{RowLoss, SoftTargets, TeacherRows, VocabStats};
 use crate::{Device, Tensor};
 
-/// The most logits of one kind that exist at once (16 MiB).
-const CHUNK_LOGITS: usize = 1 << 22;
+/// The most logits of one kind that exist at once (16 MiB). Small in this crate's tests, so that they cross chunks.
+const CHUNK_LOGITS: usize = if cfg!(test) { 1 << 10 } else { 1 << 22 };
+
+/// Vocabulary entries per block of [`vocab_stats`]: a large head is read, and widened, once for many rows.
+const VOCAB_BLOCK: usize = if cfg!(test) { 1 << 5 } else { 1 << 12 };
 
 pub(super) fn vocab_stats(hidden: &Tensor, head: &Tensor) -> VocabStats {
     let ((rows, k), vocab) = (hidden.rows_cols(), head.rows_cols().0);
-    let (hidden, head) = (hidden.f32s(), head.f32s());
-    let step = (CHUNK_LOGITS / vocab.max(1)).max(1);
-    let mut stats = Stats::default();
-    for start in (0..rows).step_by(step) {
-        let n = step.min(rows - start);
-        let mut logits = vec![0.0; n * vocab];
-        matmul_t(&mut logits, (&hidden[start * k..][..n * k], n), (&head, vocab), k);
-        stats.push(&logits, vocab);
+    let (hidden, step) = (hidden.f32s(), CHUNK_LOGITS / VOCAB_BLOCK);
+    let (mut stats, mut logits) = (vec![RowStats::default(); rows], Vec::new());
+    for start in (0..vocab).step_by(VOCAB_BLOCK) {
+        let n = VOCAB_BLOCK.min(vocab - start);
+        let block = f32_rows(head, start * k..(start + n) * k);
+        for (i, stats) in stats.chunks_mut(step).enumerate() {
+            let hidden = &hidden[i * step * k..][..stats.len() * k];
+            logits.resize(stats.len() * n, 0.0);
+            matmul_t(&mut logits, (hidden, stats.len()), (&block, n), k);
+            stats.par_iter_mut().zip(logits.par_chunks(n)).for_each(|(stats, row)| stats.merge(start, row));
+        }
     }
-    stats.finish()
+    collected(&stats)
 }
 
 pub(super) fn logit_stats(logits: &Tensor) -> VocabStats {
-    let mut stats = Stats::default();
-    stats.push(&logits.f32s(), logits.rows_cols().1);
-    stats.finish()
+    let (rows, vocab) = logits.rows_cols();
+    let mut stats = vec![RowStats::default(); rows];
+    let values = logits.f32s();
+    stats.par_iter_mut().zip(values.par_chunks(vocab.max(1))).for_each(|(stats, row)| stats.merge(0, row));
+    collected(&stats)
 }
 
-#[derive(Default)]
-struct Stats {
-    argmax: Vec<u32>,
-    logsumexp: Vec<f32>,
+/// Best entry and log-sum-exp of one row as far as its vocabulary was seen.
+#[derive(Clone)]
+struct RowStats {
+    top: f32,
+    argmax: u32,
+    /// The sum of `e^(logit - top)`.
+    sum: f32,
 }
 
-impl Stats {
-    fn push(&mut self, logits: &[f32], vocab: usize) {
-        let row = |row: &[f32]| {
-            let top = max(row);
-            (argmax(row, top), top + sum_exp(row, top).ln())
-        };
-        let rows: Vec<(u32, f32)> = logits.par_chunks(vocab.max(1)).map(row).collect();
-        self.argmax.extend(rows.iter().map(|r| r.0));
-        self.logsumexp.extend(rows.iter().map(|r| r.1));
+impl Default for RowStats {
+    fn default() -> Self {
+        Self { top: f32::NEG_INFINITY, argmax: 0, sum: 0.0 }
     }
+}
 
-    fn finish(self) -> VocabStats {
-        let n = self.logsumexp.len();
-        VocabStats { argmax: Tensor::from_u32(Device::Cpu, self.argmax), logsumexp: tensor(self.logsumexp, &[n]) }
+impl RowStats {
+    /// Takes in the logits of the entries from `start` on; of equal ones the first stays the best.
+    fn merge(&mut self, start: usize, logits: &[f32]) {
+        let top = max(logits);
+        if top > self.top {
+            self.sum *= (self.top - top).exp();
+            self.argmax = start as u32 + argmax(logits, top);
+            self.top = top;
+        }
+        self.sum += sum_exp(logits, self.top);
+    }
+}
+
+fn collected(stats: &[RowStats]) -> VocabStats {
+    let logsumexp: Vec<f32> = stats.iter().map(|s| s.top + s.sum.ln()).collect();
+    VocabStats {
+        argmax: Tensor::from_u32(Device::Cpu, stats.iter().map(|s| s.argmax).collect()),
+        logsumexp: tensor(logsumexp, &[stats.len()]),
     }
 }
 
@@ -76,20 +98,25 @@ pub(super) fn soft_target_loss(x: &Tensor, head: &Tensor, targets: &SoftTargets<
     let ((n_rows, k), vocab) = (x.rows_cols(), head.rows_cols().0);
     let shape = x.shape();
     let (x, head) = (x.f32s(), head.f32s());
+    let source = Source::new(targets.teacher);
     let mut out = Output {
         cross_entropy: Vec::with_capacity(n_rows),
         acceptance: Vec::with_capacity(n_rows),
         argmax: Vec::with_capacity(n_rows),
-        dx: dhead.as_ref().map(|_| vec![0.0; x.len()]),
+        dx: targets.wants_dx.then(|| vec![0.0; x.len()]),
     };
+    let mut logits = Vec::new();
     for rows in chunks(u32s(targets.teacher_row), (CHUNK_LOGITS / vocab.max(1)).max(1)) {
         let n = rows.len();
         let x = &x[rows.start * k..rows.end * k];
-        let mut logits = vec![0.0; n * vocab];
+        let teacher = Teacher::new(&source, targets, &rows, vocab);
+        logits.resize(n * vocab, 0.0);
         matmul_t(&mut logits, (x, n), (&head, vocab), k);
-        chunk_loss(&mut logits, vocab, &rows, targets, &mut out);
-        if let (Some(dx), Some(dhead)) = (&mut out.dx, dhead.as_deref_mut()) {
+        chunk_loss(&mut logits, &teacher, &rows, targets, &mut out);
+        if let Some(dx) = &mut out.dx {
             matmul(&mut dx[rows.start * k..rows.end * k], (&logits, n), (&head, vocab), k);
+        }
+        if let Some(dhead) = dhead.as_deref_mut() {
             matmul_tn_add(f32_mut(dhead), (&logits, vocab), x, n, k);
         }
     }
@@ -119,15 +146,14 @@ fn chunks(teacher_row: &[u32], limit: usize) -> Vec<Range<usize>> {
 }
 
 /// Loss of one chunk; its logits become the gradient of the objective with respect to them.
-fn chunk_loss(logits: &mut [f32], vocab: usize, rows: &Range<usize>, targets: &SoftTargets<'_>, out: &mut Output) {
+fn chunk_loss(logits: &mut [f32], teacher: &Teacher, rows: &Range<usize>, targets: &SoftTargets<'_>, out: &mut Output) {
     let teacher_row = &u32s(targets.teacher_row)[rows.clone()];
-    let teacher = Teacher::new(targets, teacher_row, vocab);
     let (ce_weight, acceptance_weight) = (targets.ce_weight.f32s(), targets.acceptance_weight.f32s());
     let row = |(i, row): (usize, &mut [f32])| {
         let weights = (ce_weight[rows.start + i], acceptance_weight[rows.start + i]);
         row_loss(row, teacher.row(teacher_row[i]), weights, targets.log_acceptance)
     };
-    let figures: Vec<RowFigures> = logits.par_chunks_mut(vocab).enumerate().map(row).collect();
+    let figures: Vec<RowFigures> = logits.par_chunks_mut(teacher.vocab).enumerate().map(row).collect();
     for f in figures {
         out.cross_entropy.push(f.cross_entropy);
         out.acceptance.push(f.acceptance);
@@ -167,6 +193,21 @@ fn row_loss(row: &mut [f32], (p, share): (&[f32], f32), (a, b): (f32, f32), log:
     RowFigures { cross_entropy: top + sum.ln() - expected, acceptance, argmax: best }
 }
 
+/// Where the teacher's logits come from, with a head that is widened once for all chunks.
+enum Source<'a> {
+    Hidden(&'a Tensor, Cow<'a, [f32]>),
+    Logits(&'a Tensor),
+}
+
+impl<'a> Source<'a> {
+    fn new(teacher: TeacherRows<'a>) -> Self {
+        match teacher {
+            TeacherRows::Hidden { hidden, head } => Self::Hidden(hidden, head.f32s()),
+            TeacherRows::Logits(logits) => Self::Logits(logits),
+        }
+    }
+}
+
 /// The teacher's distributions over the draft vocabulary for the rows that a chunk reads.
 struct Teacher {
     /// The teacher rows, ascending.
@@ -179,16 +220,16 @@ struct Teacher {
 }
 
 impl Teacher {
-    fn new(targets: &SoftTargets<'_>, teacher_row: &[u32], vocab: usize) -> Self {
-        let mut rows = teacher_row.to_vec();
+    /// The distributions that a range of draft rows reads.
+    fn new(source: &Source<'_>, targets: &SoftTargets<'_>, range: &Range<usize>, vocab: usize) -> Self {
+        let mut rows = u32s(targets.teacher_row)[range.clone()].to_vec();
         rows.dedup();
-        let index = Tensor::from_u32(Device::Cpu, rows.clone());
-        let mut p = match targets.teacher {
-            TeacherRows::Logits(logits) => gather(logits, &index).to_f32(),
-            TeacherRows::Hidden { hidden, head } => {
+        let mut p = match source {
+            Source::Logits(logits) => gather_values(logits, &rows),
+            Source::Hidden(hidden, head) => {
                 let mut logits = vec![0.0; rows.len() * vocab];
-                let hidden = gather(hidden, &index);
-                matmul_t(&mut logits, (&hidden.f32s(), rows.len()), (&head.f32s(), vocab), hidden.rows_cols().1);
+                let values = gather_values(hidden, &rows);
+                matmul_t(&mut logits, (&values, rows.len()), (head, vocab), hidden.rows_cols().1);
                 logits
             }
         };

@@ -37,16 +37,32 @@ pub(super) fn f32_rows(t: &Tensor, range: Range<usize>) -> Cow<'_, [f32]> {
     }
 }
 
+/// Elements of a tensor from `start` on as float32, as many as `dst` has.
+fn read_f32(t: &Tensor, start: usize, dst: &mut [f32]) {
+    let range = start..start + dst.len();
+    match t.buffer() {
+        Buffer::F32(v) => dst.copy_from_slice(&v[range]),
+        Buffer::Bf16(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = x.to_f32()),
+        Buffer::F16(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = x.to_f32()),
+        Buffer::U32(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = *x as f32),
+    }
+}
+
 pub(super) fn gather(x: &Tensor, index: &Tensor) -> Tensor {
-    let (index, cols) = (u32s(index), x.rows_cols().1);
+    let index = u32s(index);
+    tensor(gather_values(x, index), &[index.len(), x.rows_cols().1])
+}
+
+/// The elements of [`gather`].
+pub(super) fn gather_values(x: &Tensor, index: &[u32]) -> Vec<f32> {
+    let cols = x.rows_cols().1;
     let mut y = vec![0.0; index.len() * cols];
     for_rows(&mut y, cols, |r, row| {
-        let i = index[r];
-        if i != u32::MAX {
-            row.copy_from_slice(&f32_rows(x, i as usize * cols..(i as usize + 1) * cols));
+        if index[r] != u32::MAX {
+            read_f32(x, index[r] as usize * cols, row);
         }
     });
-    tensor(y, &[index.len(), cols])
+    y
 }
 
 /// One thread, in row order: an index may name a row twice.
@@ -86,7 +102,7 @@ pub(super) fn columns(x: &Tensor, cols: Range<usize>) -> Tensor {
     let (rows, width) = x.rows_cols();
     let mut y = vec![0.0; rows * cols.len()];
     for_rows(&mut y, cols.len(), |r, row| {
-        row.copy_from_slice(&f32_rows(x, r * width + cols.start..r * width + cols.end));
+        read_f32(x, r * width + cols.start, row);
     });
     tensor(y, &[rows, cols.len()])
 }

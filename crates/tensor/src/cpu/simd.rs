@@ -105,6 +105,14 @@ pub(super) fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
     )
 }
 
+/// Replaces x by `e^(x - shift)`.
+pub(super) fn exp_shifted(x: &mut [f32], shift: f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || x.iter_mut().for_each(|v| *v = exp(*v - shift)),
+    );
+}
+
 /// The sum of `e^(x - shift)`.
 pub(super) fn sum_exp(x: &[f32], shift: f32) -> f32 {
     Arch::new().dispatch(

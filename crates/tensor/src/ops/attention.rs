@@ -60,13 +60,17 @@ fn check(a: &Attention<'_>) -> Result<()> {
     expect_shape("attention", "value", a.base.value.value(), &kv_shape)?;
     expect_shape("attention", "span starts", &a.spans.lo, &[rows])?;
     expect_shape("attention", "span ends", &a.spans.hi, &[rows])?;
-    expect_rows("attention", "the keys", &a.spans.hi, kv_shape[0] + 1, false)?;
+    expect_rows("attention", "the keys and their end", &a.spans.lo, kv_shape[0] + 1, false)?;
+    expect_rows("attention", "the keys and their end", &a.spans.hi, kv_shape[0] + 1, false)?;
     for (kv, index) in a.extras {
         let n = kv.key.rows_cols().0;
         expect_shape("attention", "extra key", kv.key.value(), &[n, kv_shape[1]])?;
         expect_shape("attention", "extra value", kv.value.value(), &[n, kv_shape[1]])?;
         match index {
-            Some(index) => expect_rows("attention", "the extra keys", index, n, true)?,
+            Some(index) => {
+                expect_shape("attention", "extra index", index, &[rows])?;
+                expect_rows("attention", "the extra keys", index, n, true)?;
+            }
             None => expect_shape("attention", "extra key", kv.key.value(), &[rows, kv_shape[1]])?,
         }
     }

@@ -146,7 +146,7 @@ fn check(a: &SoftTargetLoss<'_>, head: &Tensor) -> Result<()> {
         }
         TeacherRows::Logits(logits) => logits.rows_cols(),
     };
-    if vocab != head.rows_cols().0 {
+    if vocab == 0 || vocab != head.rows_cols().0 {
         return Err(Error::shape(OP, "draft head", format!("[{vocab}, H] like the teacher's"), head.shape()));
     }
     expect_shape(OP, "logsumexp", a.logsumexp, &[n_teacher])?;
@@ -171,7 +171,7 @@ impl Tape<'_> {
         check(a, &head)?;
         let (device, n_groups) = (a.x.value().device(), a.group_weight.len());
         let teacher_row = Tensor::from_u32(device, a.rows.teacher_row.clone());
-        let run = |[ce, acceptance]: [Vec<f32>; 2], dhead: Option<&mut Tensor>| -> Result<RowLoss> {
+        let run = |[ce, acceptance]: [Vec<f32>; 2], dhead: Option<&mut Tensor>, with_gradient| -> Result<RowLoss> {
             let n = ce.len();
             let targets = SoftTargets {
                 teacher: a.teacher,
@@ -180,18 +180,19 @@ impl Tape<'_> {
                 ce_weight: &Tensor::from_f32(device, ce, &[n])?,
                 acceptance_weight: &Tensor::from_f32(device, acceptance, &[n])?,
                 log_acceptance: a.objective == Objective::LkAlpha,
+                wants_dx: a.x.is_needed() && with_gradient,
             };
             Ok(device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead))
         };
         // The lambda objective's weights need every row's acceptance before any gradient.
         let mut groups = vec![GroupLoss::default(); n_groups];
         a.rows.group.iter().for_each(|&g| groups[g as usize].count += 1.0);
-        if matches!(a.objective, Objective::LkLambda { .. }) {
+        if self.is_recording() && matches!(a.objective, Objective::LkLambda { .. }) {
             let zeros = vec![0.0; a.rows.group.len()];
-            groups = group_losses(&run([zeros.clone(), zeros], None)?, a.rows, a.objective, n_groups);
+            groups = group_losses(&run([zeros.clone(), zeros], None, false)?, a.rows, a.objective, n_groups);
         }
         let weights = row_weights(a, &groups);
-        let mut rows = self.with_param_grad(a.head, |dhead| run(weights, dhead))?;
+        let mut rows = self.with_param_grad(a.head, |dhead| run(weights, dhead, true))?;
         if let Some(dx) = rows.dx.take() {
             self.seed(a.x, dx);
         }

@@ -1,8 +1,7 @@
 //! RMSNorm.
 
-use super::expect_shape;
 use crate::tape::{Backward, Sink};
-use crate::{ParamId, Result, Tape, Tensor, Var};
+use crate::{Error, ParamId, Result, Tape, Tensor, Var};
 
 struct RmsNorm {
     x: Var,
@@ -19,9 +18,10 @@ impl Tape<'_> {
     /// x `[R, G·D]`, w `[D]`, y like x.
     pub fn rms_norm(&self, x: &Var, id: ParamId, eps: f32) -> Result<Var> {
         let weight = self.params().get(id).value.clone();
-        let d = weight.len();
-        if d == 0 || !x.rows_cols().1.is_multiple_of(d) {
-            expect_shape("rms_norm", "weight", &weight, &[x.rows_cols().1])?;
+        let (d, width) = (weight.len(), x.rows_cols().1);
+        if d == 0 || !width.is_multiple_of(d) {
+            let expected = format!("[D] with D above 0 that divides the row width {width}");
+            return Err(Error::shape("rms_norm", "weight", expected, weight.shape()));
         }
         let (y, rstd) = x.value().device().kernels().rms_norm(x.value(), &weight, eps);
         let needed = self.any_needed(&[x]) || self.is_trained(id);

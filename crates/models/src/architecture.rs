@@ -1,0 +1,54 @@
+//! The architectures that are known, by the names that `config.json` gives them.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::loader::Loader;
+use crate::pass::Layer;
+use crate::{Error, Result, TargetInfo, llama, qwen2, qwen3};
+
+/// One architecture.
+#[derive(Debug)]
+pub(crate) struct Architecture {
+    /// The name in `architectures`.
+    pub name: &'static str,
+    /// The name in `model_type`, which counts where `architectures` is missing.
+    model_type: &'static str,
+    /// `head_dim` where `config.json` has none; absent: `hidden_size / num_attention_heads`.
+    pub head_dim: Option<usize>,
+    /// Builds the decoder layers.
+    pub layers: fn(&TargetInfo, &mut Loader<'_>) -> Result<Vec<Box<dyn Layer>>>,
+}
+
+/// All architectures: a new one is a file and a line here.
+const KNOWN: [Architecture; 3] = [
+    Architecture { name: "LlamaForCausalLM", model_type: "llama", head_dim: None, layers: llama::layers },
+    Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", head_dim: None, layers: qwen2::layers },
+    Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", head_dim: Some(128), layers: qwen3::layers },
+];
+
+/// The architecture of a configuration.
+pub(crate) fn of(path: &Path, config: &Value) -> Result<&'static Architecture> {
+    let named = config["architectures"][0].as_str();
+    let typed = config["model_type"].as_str();
+    let found = match named {
+        Some(name) => KNOWN.iter().find(|a| a.name == name),
+        None => KNOWN.iter().find(|a| Some(a.model_type) == typed),
+    };
+    found.ok_or_else(|| unknown(path, named.or(typed).unwrap_or("(none is named)")))
+}
+
+fn unknown(path: &Path, got: &str) -> Error {
+    let nearest = KNOWN
+        .iter()
+        .map(|a| (strsim::normalized_levenshtein(a.name, got), a.name))
+        .filter(|(similarity, _)| *similarity > 0.7)
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    Error::Architecture {
+        path: path.to_path_buf(),
+        got: got.to_owned(),
+        known: KNOWN.map(|a| a.name).join(", "),
+        nearest: nearest.map(|(_, name)| name.to_owned()),
+    }
+}

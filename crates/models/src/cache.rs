@@ -1,0 +1,200 @@
+//! Keys and values of one sequence while it is decoded, and the tree of tokens that stands on top of it until some
+//! of them are accepted.
+
+use specforge_tensor::{Device, Tensor};
+
+use crate::pass::window_start;
+use crate::{Error, Result, Target};
+
+/// Keys and values of one sequence, per layer; after [`Target::extend`] with a tree, its nodes too.
+///
+/// Rows are appended in place; a clone shares them until one of the two is written.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    /// Keys and values, each float32 `[rows, n_kv_heads · head_dim]`.
+    layers: Vec<[Tensor; 2]>,
+    capacity: usize,
+    /// Rows before the last extension, and the parents of the rows in it.
+    last: (usize, Vec<u32>),
+    is_tree: bool,
+}
+
+impl KvCache {
+    /// An empty cache for at most `capacity` rows, tree nodes included. Memory grows with the rows.
+    pub fn new(target: &Target, capacity: usize) -> Self {
+        let info = target.info();
+        let empty = || Tensor::zeros(target.device(), &[0, info.n_kv_heads * info.head_dim]);
+        let layers = (0..info.n_layers).map(|_| [empty(), empty()]).collect();
+        Self { layers, capacity, last: (0, Vec::new()), is_tree: false }
+    }
+
+    /// Rows held: the sequence, and the nodes of a tree that is not settled yet.
+    pub fn len(&self) -> usize {
+        self.layers.first().map_or(0, |[key, _]| key.rows_cols().0)
+    }
+
+    /// Whether nothing is cached.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The most rows it may hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Settles the last extension: of its rows only `accepted` stay, a path from the sequence's end (each row the
+    /// child of the one before). `n_before` is the length before that extension.
+    pub fn keep(&mut self, n_before: usize, accepted: &[usize]) -> Result<()> {
+        let (first, parents) = &self.last;
+        if n_before != *first {
+            let why = format!("keep after row {n_before}, but the last extension started at row {first}");
+            return Err(Error::Cache(why));
+        }
+        let mut parent = u32::MAX;
+        for &node in accepted {
+            if parents.get(node) != Some(&parent) {
+                let why = format!("accepted nodes {accepted:?} are not a path of the tree with parents {parents:?}");
+                return Err(Error::Cache(why));
+            }
+            parent = node as u32;
+        }
+        if !accepted.iter().copied().eq(0..accepted.len()) {
+            self.compact(n_before, accepted)?;
+        }
+        self.truncate(n_before + accepted.len());
+        Ok(())
+    }
+
+    /// Drops all rows from the `n`-th on.
+    pub fn truncate(&mut self, n: usize) {
+        if n < self.len() {
+            self.layers.iter_mut().flatten().for_each(|rows| rows.truncate_rows(n));
+        }
+        self.last = (self.len(), Vec::new());
+        self.is_tree = false;
+    }
+
+    /// Moves the rows of accepted nodes to the front of the extension.
+    fn compact(&mut self, first: usize, accepted: &[usize]) -> Result<()> {
+        let index: Vec<u32> = accepted.iter().map(|&node| (first + node) as u32).collect();
+        for rows in self.layers.iter_mut().flatten() {
+            let device = rows.device();
+            let kept = device.kernels().gather_rows(rows, &Tensor::from_u32(device, index.clone()));
+            rows.truncate_rows(first);
+            rows.append_rows(&kept)?;
+        }
+        Ok(())
+    }
+
+    /// Announces rows with these parents; `tree` if they are no continuation.
+    pub(crate) fn begin(&mut self, parents: Vec<u32>, is_tree: bool) -> Result<()> {
+        let (len, n) = (self.len(), parents.len());
+        if self.is_tree {
+            let nodes = self.last.1.len();
+            return Err(Error::Cache(format!("it ends with a tree of {nodes} nodes: keep() or truncate() comes first")));
+        }
+        if len + n > self.capacity {
+            return Err(Error::Cache(format!("{len} rows and {n} more do not fit its capacity of {}", self.capacity)));
+        }
+        (self.last, self.is_tree) = ((len, parents), is_tree);
+        Ok(())
+    }
+
+    pub(crate) fn append(&mut self, layer: usize, rows: [&Tensor; 2]) -> Result<()> {
+        for (cached, new) in self.layers[layer].iter_mut().zip(rows) {
+            cached.append_rows(new)?;
+        }
+        Ok(())
+    }
+
+    /// Keys and values of one layer; the storage is shared, so they have to be dropped before the next append.
+    pub(crate) fn layer(&self, layer: usize) -> [Tensor; 2] {
+        self.layers[layer].clone()
+    }
+
+    /// Whether the cache holds this many layers of rows of this width on this device.
+    pub(crate) fn fits(&self, n_layers: usize, width: usize, device: Device) -> bool {
+        let is_alike = |rows: &Tensor| rows.rows_cols().1 == width && rows.device() == device;
+        self.layers.len() == n_layers && self.layers.iter().flatten().all(is_alike)
+    }
+}
+
+/// The shape of a tree of tokens: depth from 0, and each node's path from its root to itself.
+#[derive(Debug)]
+pub(crate) struct Tree {
+    paths: Vec<Vec<u32>>,
+}
+
+impl Tree {
+    /// A tree from each node's parent: an earlier node, or `u32::MAX` for the last cached token.
+    pub(crate) fn new(parents: &[u32]) -> Result<Self> {
+        let mut paths: Vec<Vec<u32>> = Vec::with_capacity(parents.len());
+        for (node, &parent) in parents.iter().enumerate() {
+            let mut path = match parent {
+                u32::MAX => Vec::new(),
+                parent if (parent as usize) < node => paths[parent as usize].clone(),
+                _ => {
+                    let why = format!("parent {parent} of node {node} is not an earlier node, nor u32::MAX");
+                    return Err(Error::Cache(why));
+                }
+            };
+            path.push(node as u32);
+            paths.push(path);
+        }
+        Ok(Self { paths })
+    }
+
+    /// Whether each node is the child of the one before it.
+    pub(crate) fn is_chain(&self) -> bool {
+        self.paths.iter().enumerate().all(|(node, path)| path.len() == node + 1)
+    }
+
+    pub(crate) fn depth(&self, node: usize) -> usize {
+        self.paths[node].len() - 1
+    }
+
+    /// The cached rows that each node sees.
+    pub(crate) fn spans(&self, first: usize, window: Option<usize>) -> Vec<(u32, u32)> {
+        let start = |node| window_start(first + self.depth(node), window).min(first);
+        (0..self.paths.len()).map(|node| (start(node) as u32, first as u32)).collect()
+    }
+
+    /// For every depth, the node of that depth which each node sees: an ancestor or itself, `u32::MAX` for none.
+    pub(crate) fn ancestors(&self, window: Option<usize>) -> Vec<Vec<u32>> {
+        let deepest = self.paths.iter().map(Vec::len).max().unwrap_or(0);
+        let seen = |path: &Vec<u32>, depth: usize| {
+            let is_near = depth >= window_start(path.len() - 1, window);
+            path.get(depth).copied().filter(|_| is_near).unwrap_or(u32::MAX)
+        };
+        (0..deepest).map(|depth| self.paths.iter().map(|path| seen(path, depth)).collect()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NONE: u32 = u32::MAX;
+
+    #[test]
+    fn nodes_see_their_ancestors_within_the_window() {
+        // 0 - 1 - 3, 0 - 2, 4
+        let tree = Tree::new(&[NONE, 0, 0, 1, NONE]).unwrap();
+        assert!(!tree.is_chain());
+        let all = [vec![0, 0, 0, 0, 4], vec![NONE, 1, 2, 1, NONE], vec![NONE, NONE, NONE, 3, NONE]];
+        assert_eq!(tree.ancestors(None), all);
+        assert_eq!(tree.ancestors(Some(3)), all);
+        assert_eq!(tree.ancestors(Some(2))[0], [0, 0, 0, NONE, 4]);
+        assert_eq!(tree.spans(5, None), [(0, 5); 5]);
+        assert_eq!(tree.spans(5, Some(3)), [(3, 5), (4, 5), (4, 5), (5, 5), (3, 5)]);
+    }
+
+    #[test]
+    fn a_chain_is_told_from_a_tree() {
+        assert!(Tree::new(&[NONE, 0, 1]).unwrap().is_chain());
+        assert!(!Tree::new(&[NONE, NONE]).unwrap().is_chain());
+        let message = Tree::new(&[NONE, 1]).unwrap_err().to_string();
+        assert!(message.contains("parent 1 of node 1 is not an earlier node"), "{message}");
+    }
+}

@@ -1,0 +1,67 @@
+//! Reading typed settings out of `config.json`, and those that several architectures share.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::{Error, Result, TargetInfo};
+
+/// The settings that `T` declares; other keys are passed over. Errors name the file and the key.
+pub(crate) fn parse<T: DeserializeOwned>(path: &Path, config: &Value) -> Result<T> {
+    serde_path_to_error::deserialize(config).map_err(|error| {
+        let why = match error.path().to_string() {
+            key if key == "." => error.inner().to_string(),
+            key => format!("{key}: {}", error.inner()),
+        };
+        Error::Config { path: path.to_path_buf(), why }
+    })
+}
+
+/// The JSON file at `path`.
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
+    let text = fs_err::read(path)?;
+    serde_json::from_slice(&text)
+        .map_err(|error| Error::Config { path: path.to_path_buf(), why: format!("not JSON: {error}") })
+}
+
+/// Sliding windows as the Qwen families declare them.
+#[derive(Debug, Deserialize)]
+pub(crate) struct SlidingWindow {
+    #[serde(default)]
+    use_sliding_window: bool,
+    sliding_window: Option<usize>,
+    /// Layers from this one on have the window, where `layer_types` is missing.
+    #[serde(default = "default_max_window_layers")]
+    max_window_layers: usize,
+    layer_types: Option<Vec<String>>,
+}
+
+fn default_max_window_layers() -> usize {
+    28
+}
+
+impl SlidingWindow {
+    /// Per layer, how many keys a query sees, itself included; `None` for all before it.
+    pub(crate) fn per_layer(&self, info: &TargetInfo) -> Result<Vec<Option<usize>>> {
+        let Some(window) = self.sliding_window.filter(|_| self.use_sliding_window) else {
+            return Ok(vec![None; info.n_layers]);
+        };
+        if window == 0 {
+            return Err(info.wrong("sliding_window", "expected at least 1"));
+        }
+        let Some(types) = &self.layer_types else {
+            return Ok((0..info.n_layers).map(|i| (i >= self.max_window_layers).then_some(window)).collect());
+        };
+        if types.len() != info.n_layers {
+            return Err(info.wrong("layer_types", format!("expected {} entries", info.n_layers)));
+        }
+        let per_type = types.iter().map(|layer_type| match layer_type.as_str() {
+            "full_attention" => Ok(None),
+            "sliding_attention" => Ok(Some(window)),
+            _ => Err(info.wrong("layer_types", "expected full_attention and sliding_attention only")),
+        });
+        per_type.collect()
+    }
+}

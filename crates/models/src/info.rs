@@ -1,0 +1,215 @@
+//! A target described by its `config.json`, without its weights.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+use specforge_nn::rope::RopeConfig;
+use specforge_tensor::AttentionShape;
+
+use crate::config::{parse, read_json};
+use crate::{Error, Result, architecture};
+
+/// A target's description.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TargetInfo {
+    /// The name in `architectures`, for example `LlamaForCausalLM`.
+    pub architecture: String,
+    /// H, the width of the residual stream.
+    pub hidden_size: usize,
+    /// Decoder layers.
+    pub n_layers: usize,
+    /// V.
+    pub vocab_size: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads.
+    pub n_kv_heads: usize,
+    /// Width of a head; times `n_heads` it need not be H.
+    pub head_dim: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Epsilon of every RMSNorm.
+    pub rms_norm_eps: f64,
+    /// The longest sequence.
+    pub max_position_embeddings: usize,
+    /// Rotary embedding.
+    pub rope: RopeConfig,
+    /// The type of the weights as the configuration says, for example `bfloat16`.
+    pub dtype: String,
+    /// Whether the head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// The token before a text.
+    pub bos_token_id: Option<u32>,
+    /// The tokens that end a text: those of `generation_config.json` where it names some.
+    pub eos_token_ids: Vec<u32>,
+    /// The token that fills up batches.
+    pub pad_token_id: Option<u32>,
+    /// The whole `config.json`.
+    pub raw: Value,
+    /// Where `raw` comes from, for messages.
+    pub path: PathBuf,
+}
+
+/// The settings that every architecture here has.
+#[derive(Debug, Deserialize)]
+struct Common {
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    vocab_size: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    intermediate_size: usize,
+    #[serde(default = "default_eps")]
+    rms_norm_eps: f64,
+    max_position_embeddings: usize,
+    hidden_act: Option<String>,
+    dtype: Option<String>,
+    torch_dtype: Option<String>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<Ids>,
+    pad_token_id: Option<u32>,
+}
+
+/// One token or several.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Ids {
+    One(u32),
+    Several(Vec<u32>),
+}
+
+/// The part of `generation_config.json` that matters here.
+#[derive(Debug, Deserialize)]
+struct Generation {
+    eos_token_id: Option<Ids>,
+}
+
+fn default_eps() -> f64 {
+    1e-6
+}
+
+impl Ids {
+    fn into_vec(self) -> Vec<u32> {
+        match self {
+            Self::One(id) => vec![id],
+            Self::Several(ids) => ids,
+        }
+    }
+}
+
+impl TargetInfo {
+    /// Reads `config.json`, and `generation_config.json` if there is one, from a Hugging Face folder.
+    pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = folder.join("config.json");
+        let mut info = Self::from_json(&path, read_json(&path)?)?;
+        let path = folder.join("generation_config.json");
+        if path.exists() {
+            let generation: Generation = parse(&path, &read_json(&path)?)?;
+            if let Some(ids) = generation.eos_token_id {
+                info.eos_token_ids = ids.into_vec();
+            }
+        }
+        Ok(info)
+    }
+
+    /// The description in an already parsed `config.json`; `path` is for messages.
+    pub fn from_json(path: &Path, raw: Value) -> Result<Self> {
+        let architecture = architecture::of(path, &raw)?;
+        let common: Common = parse(path, &raw)?;
+        let head_dim = head_dim(path, &raw, &common, architecture.head_dim)?;
+        let rope = RopeConfig::from_json(&raw, head_dim)
+            .map_err(|source| Error::Rope { path: path.to_path_buf(), source })?;
+        let info = Self {
+            architecture: architecture.name.to_owned(),
+            hidden_size: common.hidden_size,
+            n_layers: common.num_hidden_layers,
+            vocab_size: common.vocab_size,
+            n_heads: common.num_attention_heads,
+            n_kv_heads: common.num_key_value_heads.unwrap_or(common.num_attention_heads),
+            head_dim,
+            intermediate_size: common.intermediate_size,
+            rms_norm_eps: common.rms_norm_eps,
+            max_position_embeddings: common.max_position_embeddings,
+            rope,
+            dtype: common.dtype.or(common.torch_dtype).unwrap_or_else(|| "float32".to_owned()),
+            tie_word_embeddings: common.tie_word_embeddings,
+            bos_token_id: common.bos_token_id,
+            eos_token_ids: common.eos_token_id.map_or_else(Vec::new, Ids::into_vec),
+            pad_token_id: common.pad_token_id,
+            raw,
+            path: path.to_path_buf(),
+        };
+        info.check(common.hidden_act.as_deref())?;
+        Ok(info)
+    }
+
+    /// Heads and scale of the attention.
+    pub fn attention_shape(&self) -> AttentionShape {
+        AttentionShape {
+            n_heads: self.n_heads,
+            n_kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+            scale: (self.head_dim as f32).powf(-0.5),
+        }
+    }
+
+    /// An error about one key.
+    pub(crate) fn wrong(&self, key: &str, why: impl Into<String>) -> Error {
+        setting(&self.path, &self.raw, key, why)
+    }
+
+    /// Refuses what would silently give another model than the checkpoint is.
+    fn check(&self, hidden_act: Option<&str>) -> Result<()> {
+        for key in [
+            "hidden_size",
+            "num_hidden_layers",
+            "vocab_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_position_embeddings",
+        ] {
+            if self.raw.get(key).and_then(Value::as_u64) == Some(0) {
+                return Err(self.wrong(key, "expected at least 1"));
+            }
+        }
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
+            let why = format!("expected a divisor of num_attention_heads = {}", self.n_heads);
+            return Err(self.wrong("num_key_value_heads", why));
+        }
+        if !matches!(hidden_act, None | Some("silu" | "swish")) {
+            return Err(self.wrong("hidden_act", "this activation is not supported, expected \"silu\""));
+        }
+        if self.raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
+            let why = "quantised weights are not supported; use the unquantised checkpoint of the model";
+            return Err(self.wrong("quantization_config", why));
+        }
+        if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps < 1.0) {
+            return Err(self.wrong("rms_norm_eps", "expected a small number, not below 0"));
+        }
+        Ok(())
+    }
+}
+
+fn setting(path: &Path, raw: &Value, key: &str, why: impl Into<String>) -> Error {
+    let got = raw.get(key).cloned().unwrap_or(Value::Null);
+    Error::Setting { path: path.to_path_buf(), key: key.to_owned(), got, why: why.into() }
+}
+
+fn head_dim(path: &Path, raw: &Value, common: &Common, default: Option<usize>) -> Result<usize> {
+    if let Some(given) = common.head_dim.or(default) {
+        return Ok(given);
+    }
+    let heads = common.num_attention_heads;
+    if heads == 0 || !common.hidden_size.is_multiple_of(heads) {
+        let why = format!("expected head_dim, or a divisor of hidden_size = {}", common.hidden_size);
+        return Err(setting(path, raw, "num_attention_heads", why));
+    }
+    Ok(common.hidden_size / heads)
+}

@@ -1,0 +1,81 @@
+//! Declares a target's parameters under their checkpoint names and fills them from the mapped files.
+
+use std::path::Path;
+
+use half::{bf16, f16};
+use specforge_nn::weights::{Dtype, View, Weights};
+use specforge_tensor::{DType, Device, ParamId, Params, Tensor, Weight};
+
+use crate::{Error, Result};
+
+/// Where weights come from and go to; `at` a part of the model, named as in the checkpoint.
+#[derive(Debug)]
+pub(crate) struct Loader<'a> {
+    pub folder: &'a Path,
+    pub weights: &'a Weights,
+    pub params: &'a mut Params,
+    pub device: Device,
+    /// The storage type; absent: as in the file.
+    pub storage: Option<DType>,
+    pub prefix: String,
+}
+
+impl Loader<'_> {
+    /// The same loader inside the part `name`.
+    pub(crate) fn at(&mut self, name: &str) -> Loader<'_> {
+        Loader {
+            folder: self.folder,
+            weights: self.weights,
+            params: self.params,
+            device: self.device,
+            storage: self.storage,
+            prefix: format!("{}{name}.", self.prefix),
+        }
+    }
+
+    /// A linear layer `[n_out, n_in]`, with a bias `[n_out]` or without.
+    pub(crate) fn linear(&mut self, name: &str, n_in: usize, n_out: usize, bias: bool) -> Result<Weight> {
+        let weight = self.tensor(&format!("{name}.weight"), &[n_out, n_in])?;
+        let bias = bias.then(|| self.tensor(&format!("{name}.bias"), &[n_out])).transpose()?;
+        Ok(Weight::of(weight).with_bias(bias))
+    }
+
+    /// The weight of a norm over `n` elements.
+    pub(crate) fn norm(&mut self, name: &str, n: usize) -> Result<ParamId> {
+        self.tensor(&format!("{name}.weight"), &[n])
+    }
+
+    /// A table, or any other tensor of a given shape, by its full name below the prefix.
+    pub(crate) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<ParamId> {
+        let name = format!("{}{name}", self.prefix);
+        let view = self.weights.require(&name, shape)?;
+        let tensor = self.convert(&name, &view)?;
+        Ok(self.params.add(name, tensor, false))
+    }
+
+    /// Straight from the mapped bytes to the storage type.
+    fn convert(&self, name: &str, view: &View<'_>) -> Result<Tensor> {
+        let stored = match view.dtype {
+            Dtype::F32 | Dtype::F64 => DType::F32,
+            Dtype::BF16 => DType::Bf16,
+            Dtype::F16 => DType::F16,
+            other => {
+                let (path, tensor) = (self.folder.to_path_buf(), name.to_owned());
+                return Err(Error::WeightType { path, tensor, got: other.to_string() });
+            }
+        };
+        let storage = self.storage.unwrap_or(stored);
+        let halves = || view.bytes.as_chunks::<2>().0.iter();
+        Ok(match (storage, view.dtype) {
+            (DType::Bf16, Dtype::BF16) => {
+                let values = halves().map(|&b| bf16::from_le_bytes(b)).collect();
+                Tensor::from_bf16(self.device, values, view.shape)?
+            }
+            (DType::F16, Dtype::F16) => {
+                let values = halves().map(|&b| f16::from_le_bytes(b)).collect();
+                Tensor::from_f16(self.device, values, view.shape)?
+            }
+            _ => Tensor::from_f32(self.device, view.to_f32(), view.shape)?.cast(storage)?,
+        })
+    }
+}

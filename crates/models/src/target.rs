@@ -1,0 +1,189 @@
+//! A loaded target and its forward passes.
+
+use std::ops::Range;
+use std::path::Path;
+
+use specforge_nn::weights::Weights;
+use specforge_tensor::{DType, Device, ParamId, Params, Tape, Tensor, Weight};
+
+use crate::cache::{KvCache, Tree};
+use crate::loader::Loader;
+use crate::pass::{Layer, Pass, Sight};
+use crate::rotary::{Rotary, RotaryTables, Sequence};
+use crate::{Capture, Captured, Error, Result, TargetInfo, architecture};
+
+/// A frozen target model.
+#[derive(Debug)]
+pub struct Target {
+    info: TargetInfo,
+    device: Device,
+    rotary: RotaryTables,
+    params: Params,
+    /// `[V, H]`.
+    embedding: ParamId,
+    layers: Vec<Box<dyn Layer>>,
+    /// The norm after the last layer, `[H]`.
+    norm: ParamId,
+    /// `[V, H]`; the embedding where they are tied.
+    head: ParamId,
+}
+
+impl Target {
+    /// Loads a Hugging Face folder. Weights go from the mapped files straight to tensors of the type `storage`, or
+    /// of the type they are stored in; arithmetic is the device's, whatever the storage.
+    pub fn load(folder: impl AsRef<Path>, device: Device, storage: Option<DType>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let info = TargetInfo::read(folder)?;
+        let architecture = architecture::of(&info.path, &info.raw)?;
+        let weights = Weights::open(folder)?;
+        let mut params = Params::new();
+        let mut loader =
+            Loader { folder, weights: &weights, params: &mut params, device, storage, prefix: String::new() };
+        let table = [info.vocab_size, info.hidden_size];
+        let embedding = loader.tensor("model.embed_tokens.weight", &table)?;
+        let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;
+        let norm = loader.norm("model.norm", info.hidden_size)?;
+        let head = if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
+        let rotary = RotaryTables::new(info.rope.clone(), device);
+        Ok(Self { info, device, rotary, params, embedding, layers, norm, head })
+    }
+
+    /// The target's description.
+    pub fn info(&self) -> &TargetInfo {
+        &self.info
+    }
+
+    /// The device that holds the weights.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Token embeddings, `[V, H]`, in the storage type.
+    pub fn embedding(&self) -> &Tensor {
+        &self.params.get(self.embedding).value
+    }
+
+    /// The language-model head, `[V, H]`, in the storage type; the embedding where they are tied.
+    pub fn head(&self) -> &Tensor {
+        &self.params.get(self.head).value
+    }
+
+    /// Logits `[R, V]` of last hidden states `[R, H]`.
+    pub fn logits(&self, last_hidden: &Tensor) -> Result<Tensor> {
+        let tape = Tape::inference(&self.params);
+        Ok(tape.linear(&tape.input(last_hidden.clone()), Weight::of(self.head))?.value().clone())
+    }
+
+    /// Runs documents of any lengths, packed without padding: each starts at position 0 and sees itself alone.
+    ///
+    /// Layers above the last one captured do not run unless the last hidden state is asked for. The same documents
+    /// give the same bits whenever they are asked for together, on any number of threads.
+    pub fn forward(&self, documents: &[&[u32]], capture: &Capture) -> Result<Captured> {
+        capture.check(self.layers.len())?;
+        for (document, tokens) in documents.iter().enumerate() {
+            self.check_tokens(document, tokens)?;
+            self.check_length(document, tokens.len(), tokens.len())?;
+        }
+        let bounds = bounds_of(documents);
+        let sequence = |tokens: &&[u32]| Sequence { positions: (0..tokens.len() as u32).collect(), len: tokens.len() };
+        let rotary = self.rotary.of(&documents.iter().map(sequence).collect::<Vec<_>>())?;
+        let depth = capture.depth(self.layers.len());
+        let tokens = documents.concat();
+        let (hidden_states, last_hidden) = self.run(&tokens, rotary, Sight::Documents(&bounds), capture, depth)?;
+        Ok(Captured { hidden_states, last_hidden, bounds })
+    }
+
+    /// Runs tokens on top of a cached sequence and adds them to the cache.
+    ///
+    /// Without `parents` they continue the sequence. With parents they are nodes of a tree: `u32::MAX` hangs a node
+    /// on the last cached token, any other number on that earlier node of this call; a node's position is the
+    /// cached length plus its depth, and it sees the cached tokens, its ancestors and itself. A tree has to be
+    /// settled, by [`KvCache::keep`] or [`KvCache::truncate`], before the next call.
+    ///
+    /// A call that fails leaves the cache as it was.
+    pub fn extend(
+        &self,
+        cache: &mut KvCache,
+        tokens: &[u32],
+        parents: Option<&[u32]>,
+        capture: &Capture,
+    ) -> Result<Captured> {
+        capture.check(self.layers.len())?;
+        self.check_tokens(0, tokens)?;
+        self.check_cache(cache)?;
+        let n = tokens.len();
+        let chain: Vec<u32> = (0..n as u32).map(|node| node.wrapping_sub(1)).collect();
+        let parents = parents.unwrap_or(&chain);
+        if parents.len() != n {
+            return Err(Error::Cache(format!("{} parents for {n} tokens", parents.len())));
+        }
+        let (tree, first) = (Tree::new(parents)?, cache.len());
+        let positions: Vec<u32> = (0..n).map(|node| (first + tree.depth(node)) as u32).collect();
+        let len = positions.iter().max().map_or(0, |&last| last as usize + 1);
+        self.check_length(0, n, len)?;
+        let tree = (!tree.is_chain()).then_some(tree);
+        let rotary = self.rotary.of(&[Sequence { positions, len }])?;
+        cache.begin(parents.to_vec(), tree.is_some())?;
+        let sight = Sight::Cached { cache: &mut *cache, first, tree: tree.as_ref() };
+        // All layers run, whatever is captured: the cache needs their keys.
+        let run = self.run(tokens, rotary, sight, capture, self.layers.len());
+        let (hidden_states, last_hidden) = run.inspect_err(|_| cache.truncate(first))?;
+        Ok(Captured { hidden_states, last_hidden, bounds: bounds_of(&[tokens]) })
+    }
+
+    /// The first `depth` layers over packed tokens; the captured states and the last one.
+    fn run(
+        &self,
+        tokens: &[u32],
+        rotary: Rotary,
+        sight: Sight<'_>,
+        capture: &Capture,
+        depth: usize,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let (device, width) = (self.device, self.info.hidden_size);
+        let tape = Tape::inference(&self.params);
+        let mut pass = Pass::new(&self.info, &tape, rotary, sight);
+        let mut states = Tensor::zeros(device, &[tokens.len(), capture.layers.len() * width]);
+        // 1. Embeddings.
+        let mut h = tape.embedding(self.embedding, &Tensor::from_u32(device, tokens.to_vec()))?;
+        // 2. Layers; the outputs asked for go side by side.
+        for (i, layer) in self.layers[..depth].iter().enumerate() {
+            pass.layer = i;
+            h = layer.forward(&mut pass, &h)?;
+            if let Ok(slot) = capture.layers.binary_search(&i) {
+                device.kernels().add_columns(&mut states, slot * width..(slot + 1) * width, h.value());
+            }
+        }
+        // 3. Final norm.
+        let eps = self.info.rms_norm_eps as f32;
+        let last = capture.last_hidden.then(|| tape.rms_norm(&h, self.norm, eps)).transpose()?;
+        Ok((states, last.map(|last| last.value().clone())))
+    }
+
+    fn check_tokens(&self, document: usize, tokens: &[u32]) -> Result<()> {
+        let vocab_size = self.info.vocab_size;
+        let outside = tokens.iter().position(|&token| token as usize >= vocab_size);
+        outside.map_or(Ok(()), |at| Err(Error::Token { document, at, token: tokens[at], vocab_size }))
+    }
+
+    fn check_length(&self, document: usize, n: usize, len: usize) -> Result<()> {
+        let max = self.info.max_position_embeddings;
+        if n > 0 && len <= max { Ok(()) } else { Err(Error::Length { document, len, max }) }
+    }
+
+    fn check_cache(&self, cache: &KvCache) -> Result<()> {
+        if cache.fits(self.layers.len(), self.info.n_kv_heads * self.info.head_dim, self.device) {
+            return Ok(());
+        }
+        Err(Error::Cache("it was made for another target".to_owned()))
+    }
+}
+
+/// The rows of each document in their pack.
+fn bounds_of(documents: &[&[u32]]) -> Vec<Range<usize>> {
+    let ends = documents.iter().scan(0, |end, tokens| {
+        *end += tokens.len();
+        Some(*end)
+    });
+    ends.zip(documents).map(|(end, tokens)| end - tokens.len()..end).collect()
+}
