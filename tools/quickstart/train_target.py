@@ -28,7 +28,7 @@ PEAK_RATE, LAST_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 3e-5, 250, 0.05
 
 def pack(path, device):
     """Windows [n, WINDOW] of token, loss mask, row number (0 = padding) and position, filled best-fit."""
-    data = np.load(path)
+    data = dict(np.load(path))  # an NpzFile would read an array anew at each use
     starts = np.concatenate([[0], data["ends"][:-1]])
     order = np.random.default_rng(SEED).permutation(len(starts))
     open_windows, windows = [], []

@@ -44,6 +44,6 @@ fn run_tidy(root: &Path) -> Result<(), String> {
     }
     match violations.len() {
         0 => Ok(()),
-        count => Err(format!("tidy: {count} violations in {} files", files.len())),
+        count => Err(format!("tidy: {count} violation(s) in {} files", files.len())),
     }
 }

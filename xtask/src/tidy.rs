@@ -48,7 +48,7 @@ pub(crate) fn check(files: &[RepoFile]) -> Report {
         if file.path.ends_with("Cargo.toml") {
             report.violations.extend(layers::check(&file.path, text));
         }
-        if is_rust(&file.path) {
+        if extension(&file.path) == "rs" {
             report.violations.extend(source::check(&file.path, text));
             let lines = text.lines().count();
             if lines > LONG {
@@ -62,8 +62,9 @@ pub(crate) fn check(files: &[RepoFile]) -> Report {
     report
 }
 
-fn is_rust(path: &str) -> bool {
-    path.strip_suffix(".rs").is_some()
+/// What follows the last dot of a path.
+fn extension(path: &str) -> &str {
+    path.rsplit_once('.').map_or("", |(_, extension)| extension)
 }
 
 /// The crate a path belongs to, as `tensor` for `crates/tensor/src/lib.rs`.

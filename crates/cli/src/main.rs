@@ -1,2 +1,64 @@
-//! The `specforge` command.
-fn main() {}
+//! The `specforge` command: argv, dispatch, and what an error looks like.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the crate that prints")]
+
+mod commands;
+mod env;
+mod lock;
+mod machine;
+mod setup;
+mod show;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Train draft models for speculative decoding, and hand them to SGLang as they are.
+///
+/// A recipe (a TOML file) says what to train on what: `specforge train recipes/quickstart.toml`. Results go to
+/// stdout, everything else to stderr. Exit code 0: done; 1: something in the input; 2: a failure of ours.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Prepare(commands::prepare::Args),
+    Capture(commands::capture::Args),
+    Train(commands::train::Args),
+    Eval(commands::eval::Args),
+    Export(commands::export::Args),
+    Info(commands::info::Args),
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let run = || match args.command {
+        Command::Prepare(args) => commands::prepare::run(&args),
+        Command::Capture(args) => commands::capture::run(&args),
+        Command::Train(args) => commands::train::run(&args),
+        Command::Eval(args) => commands::eval::run(&args),
+        Command::Export(args) => commands::export::run(&args),
+        Command::Info(args) => commands::info::run(&args),
+    };
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(1)
+        }
+        Err(_) => {
+            eprintln!("error: this is a failure of specforge, not of your input; please report it with the lines above");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether whoever read our output has had enough, as `head` does.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|e| e.downcast_ref::<std::io::Error>());
+    io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -44,8 +44,11 @@ pub(crate) fn read(text: &Text) -> Result<Reading, Vec<Problem>> {
             problems.push(problem(text, &error, "", &mut attempted));
             return Err(problems);
         };
+        // What is wrong with the choice of the method concerns the one table that makes it.
+        let method = keys.len() == 2 && keys[0] == "method";
+        let keys = if method { &keys[..1] } else { &keys[..] };
         problems.push(problem(text, &error, &keys.join("."), &mut attempted));
-        remove(tree.get_mut(), &keys);
+        remove(tree.get_mut(), keys);
     }
 }
 
@@ -92,7 +95,7 @@ fn problem(text: &Text, error: &toml::de::Error, key: &str, attempted: &mut BTre
             near.map(|near| format!("did you mean `{near}`?")).or_else(|| elsewhere(field)),
         )
     } else if message.starts_with("unknown variant") {
-        attempted.insert(if parent == "method" { parent.to_owned() } else { key.to_owned() });
+        attempted.insert(key.to_owned());
         let variant = quoted.next().unwrap_or_default();
         let known: Vec<&str> = quoted.collect();
         let hint = nearest(variant, known.iter().copied()).map(|near| format!("did you mean `{near}`?"));
@@ -137,7 +140,15 @@ fn plain(message: &str) -> String {
         .and_then(|m| m.split_once(": "))
         .and_then(|(_, m)| m.split_once(", expected "))
     else {
-        return message.to_owned();
+        return match message {
+            "wanted exactly 1 element, found 0 elements" => {
+                "expected one table in it, as [method.eagle3]".to_owned()
+            }
+            "wanted exactly 1 element, more than 1 element" => {
+                "expected one table in it, got several".to_owned()
+            }
+            other => other.to_owned(),
+        };
     };
     let expected = match expected {
         "usize" | "u64" | "u32" | "u16" => "a whole number, at least 0",
@@ -146,12 +157,13 @@ fn plain(message: &str) -> String {
         "a boolean" => "true or false",
         "a string" | "path string" => "text in quotes",
         "a sequence" => "a list",
+        "newtype variant" => "a table, as [method.eagle3]",
         other if other.starts_with("struct ") => "a table",
         other => other,
     };
     format!(
         "expected {expected}, got {}",
-        got.replace("floating point", "number").replace("sequence", "a list")
+        got.replace("unit variant", "text").replace("floating point", "number").replace("sequence", "a list")
     )
 }
 

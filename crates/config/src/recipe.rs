@@ -56,11 +56,13 @@ impl Recipe {
     /// The same for the text of a recipe; `path` is only named in problems.
     pub fn parse(path: &Path, text: String, sets: &[String], directory: &Path) -> Result<Self> {
         let text = Text::new(path, text, sets);
-        let fail = |problems| Error::Recipe { path: path.to_owned(), problems };
+        let fail = |mut problems: Vec<Problem>| {
+            sort(&mut problems);
+            Error::Recipe { path: path.to_owned(), problems }
+        };
         let Reading { config, provenance, mut problems, attempted } = read(&text).map_err(fail)?;
         let (plan, found) = resolve(config.clone(), &provenance, directory);
         problems.extend(found.into_iter().filter(|problem| !attempted.contains(&problem.key)));
-        sort(&mut problems);
         match plan {
             Some(plan) if problems.is_empty() => Ok(Self { config, plan, provenance, path: path.to_owned() }),
             _ => Err(fail(problems)),

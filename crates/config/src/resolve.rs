@@ -325,13 +325,13 @@ impl Check<'_> {
         self.fail(key, format!("`{key}`: expected {expected}, got {got}"), None);
     }
 
-    fn at_least<T: PartialOrd + std::fmt::Display>(&mut self, key: &str, got: T, least: T) {
+    fn at_least<T: Copy + PartialOrd + std::fmt::Display>(&mut self, key: &str, got: T, least: T) {
         if got < least {
             self.range(key, &format!("at least {least}"), got);
         }
     }
 
-    fn at_most<T: PartialOrd + std::fmt::Display>(&mut self, key: &str, got: T, most: T) {
+    fn at_most<T: Copy + PartialOrd + std::fmt::Display>(&mut self, key: &str, got: T, most: T) {
         if got > most {
             self.range(key, &format!("at most {most}"), got);
         }

@@ -105,16 +105,16 @@ fn floor(text: &str, at: usize) -> usize {
 
 fn merge<'t>(under: &mut DeTable<'t>, over: DeTable<'t>) {
     for (key, value) in over {
-        match (under.get_mut(&key).map(Spanned::get_mut), value.get_ref()) {
-            (Some(DeValue::Table(below)), DeValue::Table(_)) => {
-                let DeValue::Table(above) = value.into_inner() else { continue };
+        let span = value.span();
+        let value = match (under.get_mut(&key).map(Spanned::get_mut), value.into_inner()) {
+            (Some(DeValue::Table(below)), DeValue::Table(above)) => {
                 merge(below, above);
+                continue;
             }
-            _ => {
-                // A map keeps the key it has, and with it the old place.
-                under.remove(&key);
-                under.insert(key, value);
-            }
-        }
+            (_, value) => value,
+        };
+        // A map keeps the key it has, and with it the old place.
+        under.remove(&key);
+        under.insert(key, Spanned::new(span, value));
     }
 }

@@ -77,10 +77,10 @@ pub enum Error {
     },
     /// The draft.
     #[error(transparent)]
-    Method(#[from] specforge_methods::Error),
+    Method(Box<specforge_methods::Error>),
     /// The target.
     #[error(transparent)]
-    Target(#[from] specforge_models::Error),
+    Target(Box<specforge_models::Error>),
     /// The engine.
     #[error(transparent)]
     Tensor(#[from] specforge_tensor::Error),
@@ -88,3 +88,15 @@ pub enum Error {
 
 /// The result of an evaluation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<specforge_methods::Error> for Error {
+    fn from(error: specforge_methods::Error) -> Self {
+        Self::Method(Box::new(error))
+    }
+}
+
+impl From<specforge_models::Error> for Error {
+    fn from(error: specforge_models::Error) -> Self {
+        Self::Target(Box::new(error))
+    }
+}

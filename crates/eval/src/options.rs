@@ -146,7 +146,7 @@ impl Options {
 mod tests {
     use super::*;
 
-    fn check(options: Options, key: &str) {
+    fn check(options: &Options, key: &str) {
         let error = options.check().expect_err("must be refused").to_string();
         assert!(
             error.starts_with(key) && error.contains("expected") | error.contains("has steps + 1"),
@@ -160,19 +160,19 @@ mod tests {
             speculation: Speculation { steps, topk, n_nodes },
             ..Options::default()
         };
-        check(speculation(0, 1, 1), "steps = 0");
-        check(speculation(5, 0, 6), "topk = 0");
-        check(speculation(5, 1, 8), "n_nodes = 8: a chain (topk = 1) has steps + 1 = 6 nodes");
-        check(speculation(2, 2, 8), "n_nodes = 8: expected 2 to 7");
-        check(speculation(2, 2, 1), "n_nodes = 1");
+        check(&speculation(0, 1, 1), "steps = 0");
+        check(&speculation(5, 0, 6), "topk = 0");
+        check(&speculation(5, 1, 8), "n_nodes = 8: a chain (topk = 1) has steps + 1 = 6 nodes");
+        check(&speculation(2, 2, 8), "n_nodes = 8: expected 2 to 7");
+        check(&speculation(2, 2, 1), "n_nodes = 1");
         let sampling = |temperature, top_p| Options {
             sampling: Sampling { temperature, top_p, seed: 0 },
             ..Options::default()
         };
-        check(sampling(-1.0, 1.0), "temperature = -1");
-        check(sampling(f64::NAN, 1.0), "temperature = NaN");
-        check(sampling(1.0, 0.0), "top_p = 0");
-        check(Options { max_new_tokens: 0, ..Options::default() }, "max_new_tokens = 0");
+        check(&sampling(-1.0, 1.0), "temperature = -1");
+        check(&sampling(f64::NAN, 1.0), "temperature = NaN");
+        check(&sampling(1.0, 0.0), "top_p = 0");
+        check(&Options { max_new_tokens: 0, ..Options::default() }, "max_new_tokens = 0");
         assert!(Options::default().check().is_ok());
         assert!(speculation(5, 8, 60).check().is_ok());
     }

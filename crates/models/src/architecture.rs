@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::loader::Loader;
-use crate::pass::Layer;
+use crate::pass::Layers;
 use crate::{Error, Result, TargetInfo, llama, qwen2, qwen3};
 
 /// One architecture.
@@ -18,14 +18,19 @@ pub(crate) struct Architecture {
     /// `head_dim` where `config.json` has none; absent: `hidden_size / num_attention_heads`.
     pub head_dim: Option<usize>,
     /// Builds the decoder layers.
-    pub layers: fn(&TargetInfo, &mut Loader<'_>) -> Result<Vec<Box<dyn Layer>>>,
+    pub layers: fn(&TargetInfo, &mut Loader<'_>) -> Result<Layers>,
 }
 
 /// All architectures: a new one is a file and a line here.
 const KNOWN: [Architecture; 3] = [
     Architecture { name: "LlamaForCausalLM", model_type: "llama", head_dim: None, layers: llama::layers },
     Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", head_dim: None, layers: qwen2::layers },
-    Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", head_dim: Some(128), layers: qwen3::layers },
+    Architecture {
+        name: "Qwen3ForCausalLM",
+        model_type: "qwen3",
+        head_dim: Some(128),
+        layers: qwen3::layers,
+    },
 ];
 
 /// The architecture of a configuration.

@@ -13,19 +13,25 @@ use crate::{Error, Result, Target};
 pub struct KvCache {
     /// Keys and values, each float32 `[rows, n_kv_heads · head_dim]`.
     layers: Vec<[Tensor; 2]>,
-    capacity: usize,
     /// Rows before the last extension, and the parents of the rows in it.
     last: (usize, Vec<u32>),
     is_tree: bool,
 }
 
 impl KvCache {
-    /// An empty cache for at most `capacity` rows, tree nodes included. Memory grows with the rows.
+    /// An empty cache with room for `capacity` rows, tree nodes included; it grows beyond where it has to.
     pub fn new(target: &Target, capacity: usize) -> Self {
         let info = target.info();
-        let empty = || Tensor::zeros(target.device(), &[0, info.n_kv_heads * info.head_dim]);
+        let width = info.n_kv_heads * info.head_dim;
+        let empty = || {
+            // Truncating keeps the storage, and zeroed storage takes no memory before it is written.
+            let mut rows =
+                Tensor::zeros(target.device(), &[capacity.min(info.max_position_embeddings), width]);
+            rows.truncate_rows(0);
+            rows
+        };
         let layers = (0..info.n_layers).map(|_| [empty(), empty()]).collect();
-        Self { layers, capacity, last: (0, Vec::new()), is_tree: false }
+        Self { layers, last: (0, Vec::new()), is_tree: false }
     }
 
     /// Rows held: the sequence, and the nodes of a tree that is not settled yet.
@@ -36,11 +42,6 @@ impl KvCache {
     /// Whether nothing is cached.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    /// The most rows it may hold.
-    pub fn capacity(&self) -> usize {
-        self.capacity
     }
 
     /// Settles the last extension: of its rows only `accepted` stay, a path from the sequence's end (each row the
@@ -54,7 +55,9 @@ impl KvCache {
         let mut parent = u32::MAX;
         for &node in accepted {
             if parents.get(node) != Some(&parent) {
-                let why = format!("accepted nodes {accepted:?} are not a path of the tree with parents {parents:?}");
+                let why = format!(
+                    "accepted nodes {accepted:?} are not a path of the tree with parents {parents:?}"
+                );
                 return Err(Error::Cache(why));
             }
             parent = node as u32;
@@ -89,15 +92,13 @@ impl KvCache {
 
     /// Announces rows with these parents; `tree` if they are no continuation.
     pub(crate) fn begin(&mut self, parents: Vec<u32>, is_tree: bool) -> Result<()> {
-        let (len, n) = (self.len(), parents.len());
         if self.is_tree {
             let nodes = self.last.1.len();
-            return Err(Error::Cache(format!("it ends with a tree of {nodes} nodes: keep() or truncate() comes first")));
+            return Err(Error::Cache(format!(
+                "it ends with a tree of {nodes} nodes: keep() or truncate() comes first"
+            )));
         }
-        if len + n > self.capacity {
-            return Err(Error::Cache(format!("{len} rows and {n} more do not fit its capacity of {}", self.capacity)));
-        }
-        (self.last, self.is_tree) = ((len, parents), is_tree);
+        (self.last, self.is_tree) = ((self.len(), parents), is_tree);
         Ok(())
     }
 

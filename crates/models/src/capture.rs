@@ -79,7 +79,8 @@ mod tests {
     #[test]
     fn wrong_layers_are_refused() {
         let check = |layers: &[usize], expected: &str| {
-            let message = Capture { layers: layers.to_vec(), last_hidden: false }.check(4).unwrap_err().to_string();
+            let message =
+                Capture { layers: layers.to_vec(), last_hidden: false }.check(4).unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");
         };
         check(&[1, 4], "below the number of layers");

@@ -28,7 +28,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Value> {
 
 /// Sliding windows as the Qwen families declare them.
 #[derive(Debug, Deserialize)]
-pub(crate) struct SlidingWindow {
+pub(crate) struct Windows {
     #[serde(default)]
     use_sliding_window: bool,
     sliding_window: Option<usize>,
@@ -42,7 +42,7 @@ fn default_max_window_layers() -> usize {
     28
 }
 
-impl SlidingWindow {
+impl Windows {
     /// Per layer, how many keys a query sees, itself included; `None` for all before it.
     pub(crate) fn per_layer(&self, info: &TargetInfo) -> Result<Vec<Option<usize>>> {
         let Some(window) = self.sliding_window.filter(|_| self.use_sliding_window) else {

@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use serde_json::Value;
-
 /// The result of a call into this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -41,8 +39,8 @@ pub enum Error {
         path: PathBuf,
         /// The key.
         key: String,
-        /// Its value; `null` where it is missing.
-        got: Value,
+        /// Its value as JSON; `null` where it is missing.
+        got: String,
         /// Why it cannot be, and what could.
         why: String,
     },
@@ -55,7 +53,9 @@ pub enum Error {
         source: specforge_nn::rope::Error,
     },
     /// A tensor of an element type that weights do not have.
-    #[error("{path}: tensor {tensor} is {got}, expected F32, BF16 or F16; use an unquantised checkpoint of the model")]
+    #[error(
+        "{path}: tensor {tensor} is {got}, expected F32, BF16 or F16; use an unquantised checkpoint of the model"
+    )]
     WeightType {
         /// The folder.
         path: PathBuf,
@@ -75,7 +75,9 @@ pub enum Error {
         why: &'static str,
     },
     /// A token that the vocabulary does not have.
-    #[error("document {document}: token {token} at {at} is outside the vocabulary of {vocab_size}; were the ids made with another tokenizer?")]
+    #[error(
+        "document {document}: token {token} at {at} is outside the vocabulary of {vocab_size}; were the ids made with another tokenizer?"
+    )]
     Token {
         /// The document's number in the batch.
         document: usize,
@@ -87,7 +89,9 @@ pub enum Error {
         vocab_size: usize,
     },
     /// A document without tokens, or longer than the model's positions.
-    #[error("document {document} has {len} tokens, expected 1 to {max} (max_position_embeddings); truncate it")]
+    #[error(
+        "document {document} has {len} tokens, expected 1 to {max} (max_position_embeddings); truncate it"
+    )]
     Length {
         /// The document's number in the batch.
         document: usize,

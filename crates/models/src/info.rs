@@ -198,7 +198,7 @@ impl TargetInfo {
 }
 
 fn setting(path: &Path, raw: &Value, key: &str, why: impl Into<String>) -> Error {
-    let got = raw.get(key).cloned().unwrap_or(Value::Null);
+    let got = raw.get(key).unwrap_or(&Value::Null).to_string();
     Error::Setting { path: path.to_path_buf(), key: key.to_owned(), got, why: why.into() }
 }
 

@@ -5,7 +5,7 @@
 //! This crate knows no draft method and no feature store: what to record is a [`Capture`].
 //!
 //! To add an architecture: write its file (settings, a `Layer` with a numbered forward, `new` that mirrors the
-//! checkpoint's names) and one line in [`architecture`].
+//! checkpoint's names) and one line in `architecture.rs`.
 
 mod architecture;
 mod cache;

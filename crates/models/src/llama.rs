@@ -8,7 +8,7 @@ use specforge_tensor::{ParamId, Var, Weight};
 use crate::config::parse;
 use crate::loader::Loader;
 use crate::mlp::Mlp;
-use crate::pass::{Layer, Pass};
+use crate::pass::{Layer, Layers, Pass};
 use crate::{Result, TargetInfo};
 
 /// The settings of `config.json` that only this family has.
@@ -34,7 +34,7 @@ struct LlamaLayer {
 }
 
 /// All decoder layers.
-pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Vec<Box<dyn Layer>>> {
+pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layers> {
     let config: Config = parse(&info.path, &info.raw)?;
     let layer = |i: usize| -> Result<Box<dyn Layer>> {
         Ok(Box::new(LlamaLayer::new(info, &config, &mut loader.at(&i.to_string()))?))

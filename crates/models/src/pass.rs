@@ -16,6 +16,9 @@ pub(crate) trait Layer: Debug + Send + Sync {
     fn forward(&self, pass: &mut Pass<'_, '_>, h: &Var) -> Result<Var>;
 }
 
+/// The decoder layers of a target, from the first to the last.
+pub(crate) type Layers = Vec<Box<dyn Layer>>;
+
 /// What the rows of a pass may see.
 #[derive(Debug)]
 pub(crate) enum Sight<'a> {

@@ -5,10 +5,10 @@
 
 use specforge_tensor::{ParamId, Var, Weight};
 
-use crate::config::{SlidingWindow, parse};
+use crate::config::{Windows, parse};
 use crate::loader::Loader;
 use crate::mlp::Mlp;
-use crate::pass::{Layer, Pass};
+use crate::pass::{Layer, Layers, Pass};
 use crate::{Result, TargetInfo};
 
 #[derive(Debug)]
@@ -24,8 +24,8 @@ struct Qwen2Layer {
 }
 
 /// All decoder layers.
-pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Vec<Box<dyn Layer>>> {
-    let windows = parse::<SlidingWindow>(&info.path, &info.raw)?.per_layer(info)?;
+pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layers> {
+    let windows = parse::<Windows>(&info.path, &info.raw)?.per_layer(info)?;
     let layer = |(i, window): (usize, Option<usize>)| -> Result<Box<dyn Layer>> {
         Ok(Box::new(Qwen2Layer::new(info, window, &mut loader.at(&i.to_string()))?))
     };

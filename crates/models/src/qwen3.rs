@@ -6,10 +6,10 @@
 use serde::Deserialize;
 use specforge_tensor::{ParamId, Var, Weight};
 
-use crate::config::{SlidingWindow, parse};
+use crate::config::{Windows, parse};
 use crate::loader::Loader;
 use crate::mlp::Mlp;
-use crate::pass::{Layer, Pass};
+use crate::pass::{Layer, Layers, Pass};
 use crate::{Result, TargetInfo};
 
 /// The settings of `config.json` that only this family has.
@@ -35,9 +35,9 @@ struct Qwen3Layer {
 }
 
 /// All decoder layers.
-pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Vec<Box<dyn Layer>>> {
+pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layers> {
     let config: Config = parse(&info.path, &info.raw)?;
-    let windows = parse::<SlidingWindow>(&info.path, &info.raw)?.per_layer(info)?;
+    let windows = parse::<Windows>(&info.path, &info.raw)?.per_layer(info)?;
     let layer = |(i, window): (usize, Option<usize>)| -> Result<Box<dyn Layer>> {
         Ok(Box::new(Qwen3Layer::new(info, &config, window, &mut loader.at(&i.to_string()))?))
     };
@@ -45,7 +45,12 @@ pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Vec<B
 }
 
 impl Qwen3Layer {
-    fn new(info: &TargetInfo, config: &Config, window: Option<usize>, loader: &mut Loader<'_>) -> Result<Self> {
+    fn new(
+        info: &TargetInfo,
+        config: &Config,
+        window: Option<usize>,
+        loader: &mut Loader<'_>,
+    ) -> Result<Self> {
         let (h, d) = (info.hidden_size, info.head_dim);
         let (q, kv) = (info.n_heads * d, info.n_kv_heads * d);
         let bias = config.attention_bias;

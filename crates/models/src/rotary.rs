@@ -107,8 +107,9 @@ mod tests {
     fn each_length_has_its_frequencies_whatever_came_before() {
         let scaling = json!({ "rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [4.0, 2.0],
                               "original_max_position_embeddings": 8 });
-        let rope = RopeConfig::from_json(&json!({ "rope_scaling": scaling, "max_position_embeddings": 32 }), 4)
-            .expect("settings");
+        let rope =
+            RopeConfig::from_json(&json!({ "rope_scaling": scaling, "max_position_embeddings": 32 }), 4)
+                .expect("settings");
         let sequence = |len: usize| Sequence { positions: (0..len as u32).collect(), len };
         let alone = |len| RotaryTables::new(rope.clone(), Device::Cpu).of(&[sequence(len)]).expect("tables");
         let tables = RotaryTables::new(rope.clone(), Device::Cpu);

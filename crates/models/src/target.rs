@@ -8,7 +8,7 @@ use specforge_tensor::{DType, Device, ParamId, Params, Tape, Tensor, Weight};
 
 use crate::cache::{KvCache, Tree};
 use crate::loader::Loader;
-use crate::pass::{Layer, Pass, Sight};
+use crate::pass::{Layers, Pass, Sight};
 use crate::rotary::{Rotary, RotaryTables, Sequence};
 use crate::{Capture, Captured, Error, Result, TargetInfo, architecture};
 
@@ -21,7 +21,7 @@ pub struct Target {
     params: Params,
     /// `[V, H]`.
     embedding: ParamId,
-    layers: Vec<Box<dyn Layer>>,
+    layers: Layers,
     /// The norm after the last layer, `[H]`.
     norm: ParamId,
     /// `[V, H]`; the embedding where they are tied.
@@ -43,7 +43,8 @@ impl Target {
         let embedding = loader.tensor("model.embed_tokens.weight", &table)?;
         let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;
         let norm = loader.norm("model.norm", info.hidden_size)?;
-        let head = if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
+        let head =
+            if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
         let rotary = RotaryTables::new(info.rope.clone(), device);
         Ok(Self { info, device, rotary, params, embedding, layers, norm, head })
     }
@@ -85,11 +86,13 @@ impl Target {
             self.check_length(document, tokens.len(), tokens.len())?;
         }
         let bounds = bounds_of(documents);
-        let sequence = |tokens: &&[u32]| Sequence { positions: (0..tokens.len() as u32).collect(), len: tokens.len() };
+        let sequence =
+            |tokens: &&[u32]| Sequence { positions: (0..tokens.len() as u32).collect(), len: tokens.len() };
         let rotary = self.rotary.of(&documents.iter().map(sequence).collect::<Vec<_>>())?;
         let depth = capture.depth(self.layers.len());
         let tokens = documents.concat();
-        let (hidden_states, last_hidden) = self.run(&tokens, rotary, Sight::Documents(&bounds), capture, depth)?;
+        let (hidden_states, last_hidden) =
+            self.run(&tokens, rotary, Sight::Documents(&bounds), capture, depth)?;
         Ok(Captured { hidden_states, last_hidden, bounds })
     }
 

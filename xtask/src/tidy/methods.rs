@@ -1,6 +1,6 @@
 //! Every draft method has a recipe that uses it and a golden test that proves it.
 
-use super::{Violation, crate_of, violation};
+use super::{Violation, crate_of, extension, violation};
 use crate::files::RepoFile;
 
 const LIST: &str = "crates/methods/src/lib.rs";
@@ -51,7 +51,7 @@ fn is_golden_test(file: &RepoFile, name: &str) -> bool {
         let name_of = line.trim_start().strip_prefix("fn ").unwrap_or_default();
         name_of.split('(').next().is_some_and(|function| function.contains("golden"))
     };
-    let of_method = crate_of(&file.path).is_some() && file.path.ends_with(".rs") && has(file, name);
+    let of_method = crate_of(&file.path).is_some() && extension(&file.path) == "rs" && has(file, name);
     let mut lines = file.text.iter().flat_map(|text| text.lines());
     of_method && (lines.any(test) || file.path.contains("golden"))
 }

@@ -114,7 +114,7 @@ fn methods_have_recipe_and_golden_test() {
     let list = file("crates/methods/src/lib.rs", list);
     let recipe = file("recipes/a.toml", "[method.alpha]\n");
     let test = file("crates/methods/tests/it/alpha.rs", "//! alpha.\nfn golden_loss() {}\n");
-    assert_eq!(lines(&check(&[list.clone()]).violations), [4, 4]);
+    assert_eq!(lines(&check(std::slice::from_ref(&list)).violations), [4, 4]);
     assert_eq!(lines(&check(&[list.clone(), recipe.clone()]).violations), [4]);
     assert_eq!(check(&[list, recipe, test]).violations, []);
 }

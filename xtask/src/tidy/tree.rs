@@ -1,6 +1,6 @@
 //! Rules for every file: sizes, paths and names of machines, spaces at the end of lines.
 
-use super::{Violation, violation};
+use super::{Violation, extension, violation};
 use crate::files::RepoFile;
 
 /// Bytes above which a file belongs into one of [`LARGE`].
@@ -28,13 +28,11 @@ pub(super) fn check(file: &RepoFile) -> Vec<Violation> {
         found.push(violation(path, 0, message));
     }
     let Some(text) = &file.text else { return found };
+    let markdown = extension(path) == "md";
     // Lock files name the registry; conversations and vocabularies may speak of anything.
-    if path.ends_with(".lock")
-        || LARGE.iter().any(|folder| path.starts_with(folder) && !path.ends_with(".md"))
-    {
+    if extension(path) == "lock" || LARGE.iter().any(|folder| path.starts_with(folder) && !markdown) {
         return found;
     }
-    let markdown = path.strip_suffix(".md").is_some();
     for (index, line) in text.lines().enumerate() {
         if let Some(why) = machine(line) {
             found.push(violation(path, index + 1, why));

@@ -1,10 +1,17 @@
 //! What must not change for a bitwise resume.
 
+use specforge_config::RunPlan;
+
 use crate::{LEAST, parse};
 
 #[track_caller]
+fn plan(sets: &[&str]) -> RunPlan {
+    parse(LEAST, sets).unwrap_or_else(|error| panic!("{error}")).plan
+}
+
+#[track_caller]
 fn check(sets: &[&str], expected: &[&str]) {
-    let (now, before) = (parse(LEAST, sets).unwrap().plan, parse(LEAST, &[]).unwrap().plan);
+    let (now, before) = (plan(sets), plan(&[]));
     assert_eq!(now.differences(&before), expected, "{sets:?}");
     assert_eq!(now.training_identity() == before.training_identity(), expected.is_empty());
 }

@@ -50,8 +50,25 @@ fn a_key_in_the_wrong_table_is_sent_to_the_right_one() {
 fn an_unknown_method_lists_those_known() {
     check(
         &LEAST.replace("method.eagle3", "method.eagle4"),
-        "recipe.toml:6:9: `method.eagle4` has no `eagle4`; expected one of `eagle3`\n  6 | [method.eagle4]\n    |         ^^^^^^\n  hint: did you mean `eagle3`?",
+        "recipe.toml:6:9: `method` has no `eagle4`; expected one of `eagle3`\n  6 | [method.eagle4]\n    |         ^^^^^^\n  hint: did you mean `eagle3`?",
     );
+}
+
+#[test]
+fn there_is_one_method() {
+    let cases = [
+        ("[method.eagle3]\n[method.eagle4]", "`method`: expected one table in it, got several"),
+        ("[method]", "`method`: expected one table in it, as [method.eagle3]"),
+        ("[method]\neagle3 = 3", "`method`: expected a table, got integer `3`"),
+    ];
+    for (table, message) in cases {
+        let found = problems(&LEAST.replace("[method.eagle3]", table), &[]);
+        let messages: Vec<&str> = found.iter().map(|problem| &*problem.message).collect();
+        assert_eq!(messages, [message], "{table}");
+    }
+    let text = format!("method = \"eagle3\"\n{}", LEAST.replace("[method.eagle3]", ""));
+    let messages: Vec<String> = problems(&text, &[]).into_iter().map(|problem| problem.message).collect();
+    assert_eq!(messages, ["`method`: expected a table, as [method.eagle3], got text"]);
 }
 
 #[test]
@@ -202,7 +219,7 @@ fn columns_count_characters() {
         &[],
     );
     assert!(
-        found[0].to_string().starts_with("recipe.toml:2:29: unknown key `pth` in [target]"),
+        found[0].to_string().starts_with("recipe.toml:2:28: unknown key `pth` in [target]"),
         "{}",
         found[0]
     );

@@ -16,7 +16,7 @@ fn a_seed_gives_the_same_answers_and_another_one_others() {
     let (method, prompts) = (Oracle::new(&target, Distortion::Noise(1.0), 2), starting_with(2, prompts(3)));
     for shape in SHAPES {
         let answers = |seed, parallel| {
-            let options = Options { plain: false, parallel, ..sampled(options(shape, 20), 1.0, seed) };
+            let options = Options { plain: false, parallel, ..sampled(&options(shape, 20), 1.0, seed) };
             let report = run(&target, &method, &prompts, &options);
             assert_eq!(report.lossless, None);
             report.results.into_iter().map(|r| r.output_ids).collect::<Vec<_>>()
@@ -31,7 +31,7 @@ fn the_perfect_draft_is_nearly_always_accepted() {
     let target = tiny_target(128, NO_EOS);
     let method = Oracle::new(&target, Distortion::None, 2);
     let report =
-        run(&target, &method, &starting_with(2, prompts(3)), &sampled(options(SHAPES[0], 31), 0.8, 3));
+        run(&target, &method, &starting_with(2, prompts(3)), &sampled(&options(SHAPES[0], 31), 0.8, 3));
     assert!(report.acceptance_length > 4.9, "{}", report.acceptance_length);
     assert_eq!((report.lossless, report.first_difference), (None, None));
     assert!(report.speedup.is_some());

@@ -66,15 +66,15 @@ pub(crate) fn tiny_target(context: usize, eos: u32) -> Target {
 /// Prompts of several lengths.
 pub(crate) fn prompts(n: usize) -> Vec<Vec<u32>> {
     let mut lcg = Lcg::new(5);
-    (0..n).map(|i| (0..1 + 3 * i).map(|_| lcg.below(VOCAB) as u32).collect()).collect()
+    (0..n).map(|i| (0..=3 * i).map(|_| lcg.below(VOCAB) as u32).collect()).collect()
 }
 
 pub(crate) fn options(speculation: Speculation, max_new_tokens: usize) -> Options {
     Options { speculation, max_new_tokens, ..Options::default() }
 }
 
-pub(crate) fn sampled(options: Options, temperature: f64, seed: u64) -> Options {
-    Options { sampling: Sampling { temperature, top_p: 1.0, seed }, ..options }
+pub(crate) fn sampled(options: &Options, temperature: f64, seed: u64) -> Options {
+    Options { sampling: Sampling { temperature, top_p: 1.0, seed }, ..options.clone() }
 }
 
 pub(crate) fn run(

@@ -36,6 +36,19 @@ fn linear_agrees_with_a_plain_product_at_every_size() {
 }
 
 #[test]
+fn weights_widened_in_blocks_give_the_gradients_of_whole_ones() {
+    let mut rng = Lcg::new(8);
+    let (x, w) = (normal(&mut rng, &[20, 16]), normal(&mut rng, &[2100, 16]).cast(DType::Bf16).unwrap());
+    let gradients = |w: Tensor| {
+        Op::new(vec![x.clone()], vec![w], |t, v, p| t.linear(&v[0], Weight::of(p[0]))).gradients(1).2
+    };
+    let (blocks, whole) = (gradients(w.clone()), gradients(w.cast(DType::F32).unwrap()));
+    for (i, (got, want)) in blocks.iter().zip(&whole).enumerate() {
+        assert_close(&format!("gradient {i}"), &got.f32s(), &want.f32s(), 1e-4, 1e-5);
+    }
+}
+
+#[test]
 fn column_shares_of_a_linear_layer_sum_to_the_whole() {
     let mut rng = Lcg::new(2);
     let (x, w, b) = (normal(&mut rng, &[40, 90]), normal(&mut rng, &[50, 90]), normal(&mut rng, &[50]));

@@ -1,0 +1,193 @@
+//! `specforge export`: a checkpoint as the folder that SGLang loads; and the check of any such folder.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use specforge_config::RunPlan;
+use specforge_export::{
+    Eagle3Config, Eagle3Export, Severity, Tensor as FileTensor, WriteOptions, check, read_eagle3, rope_parameters,
+};
+use specforge_methods::{DraftMethod, Frozen, MethodConfig, VocabMap, eagle3};
+use specforge_models::{Capture, TargetInfo};
+use specforge_tensor::{Device, Params, Tensor};
+
+use super::eval::checkpoint;
+use crate::setup::{self, RecipeArgs};
+
+/// Write a checkpoint as the folder that SGLang loads as it is, or check such a folder.
+///
+/// Training exports its best checkpoint by itself; this command exports another one, or to another place.
+/// With --check, any EAGLE3 folder is verified against what the serving side reads: names, shapes, dtypes, vocabulary
+/// maps, configuration. A folder made by other programs may be checked too.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The recipe whose run is exported.
+    #[arg(required_unless_present = "check")]
+    recipe: Option<PathBuf>,
+    /// Replaces a value of the recipe.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// `best`, `latest`, or the folder of a checkpoint.
+    #[arg(long, default_value = "best")]
+    checkpoint: String,
+    /// Where to, instead of the recipe's place.
+    #[arg(long, value_name = "FOLDER")]
+    output: Option<PathBuf>,
+    /// Also write the embeddings, as Hugging Face's form has them; SGLang takes the target's.
+    #[arg(long)]
+    embeddings: bool,
+    /// Replace whatever is in the output folder.
+    #[arg(long)]
+    overwrite: bool,
+    /// Verify this folder instead of writing one.
+    #[arg(long, value_name = "FOLDER")]
+    check: Option<PathBuf>,
+    /// With --check: the target's folder, to compare vocabulary, width and context length with.
+    #[arg(long, value_name = "FOLDER", requires = "check")]
+    target: Option<PathBuf>,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Where and how to write.
+#[derive(Debug)]
+pub(crate) struct Options {
+    path: PathBuf,
+    write: WriteOptions,
+}
+
+impl Options {
+    /// As the plan says.
+    pub(crate) fn of(plan: &RunPlan, overwrite: bool) -> Self {
+        let write = WriteOptions { overwrite, with_embeddings: plan.export.embeddings };
+        Self { path: plan.export.path.clone(), write }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if let Some(folder) = &args.check {
+        return run_check(folder, args.target.as_deref(), args.json);
+    }
+    let recipe = args.recipe.clone().context("expected a recipe, or --check FOLDER")?;
+    let plan = RecipeArgs { recipe, sets: args.sets.clone() }.plan()?;
+    let info = TargetInfo::read(&plan.target.path)?;
+    let data = setup::prepared(&plan)?;
+    let (method, mut params) = setup::draft(&plan, &info, &setup::frozen(&plan, &info)?, &data)?;
+    checkpoint(&plan, &args.checkpoint)?.restore_weights(&mut params)?;
+    let mut options = Options::of(&plan, args.overwrite);
+    options.write.with_embeddings |= args.embeddings;
+    options.path = args.output.clone().unwrap_or(options.path);
+    let folder = write(&plan, &info, method.as_ref(), &params, &options)?;
+    if args.json { println!("{}", json!({ "export_dir": folder })) } else { println!("{}", folder.display()) }
+    Ok(())
+}
+
+fn run_check(folder: &Path, target: Option<&Path>, as_json: bool) -> Result<()> {
+    let report = check(folder, target);
+    let errors = report.errors().count();
+    if as_json {
+        let problem = |p: &specforge_export::Problem| {
+            let severity = if p.severity == Severity::Error { "error" } else { "warning" };
+            json!({ "severity": severity, "about": p.about, "what": p.what, "fix": p.fix })
+        };
+        let problems: Vec<_> = report.problems.iter().map(problem).collect();
+        println!("{}", json!({ "ok": errors == 0, "tensors": report.tensors, "problems": problems }));
+    } else {
+        report.problems.iter().for_each(|problem| println!("{problem}"));
+        let verdict = if errors == 0 { "PASS" } else { "FAIL" };
+        println!("{verdict}: {} ({} tensors, {} values)", folder.display(), report.tensors, report.elements);
+    }
+    if errors > 0 {
+        bail!("{}: {errors} of {} problems keep it from being served", folder.display(), report.problems.len());
+    }
+    Ok(())
+}
+
+/// Writes the serving folder of a draft; returns its path.
+pub(crate) fn write(
+    plan: &RunPlan,
+    info: &TargetInfo,
+    method: &dyn DraftMethod,
+    params: &Params,
+    options: &Options,
+) -> Result<PathBuf> {
+    let mut config = serde_json::Map::from_iter(method.export_config());
+    config.extend(rope_parameters(&info.raw).into_iter().filter(|(key, _)| key == "rope_theta"));
+    config.insert("rope_parameters".to_owned(), rope_parameters(&info.raw).into());
+    config.insert("num_hidden_layers".to_owned(), json!(1));
+    let mut config = Eagle3Config::parse(&plan.export.path, &config.into())?;
+    let layers = &method.capture().layers;
+    let default = Capture::eagle3_default(info.n_layers).map(|c| c.layers).unwrap_or_default();
+    config.capture_layers = (*layers != default).then(|| layers.clone());
+    let mut tensors: Vec<FileTensor<'_>> =
+        params.iter().map(|(_, p)| FileTensor::f32(&p.name, p.value.shape(), &p.value.f32s())).collect();
+    tensors.push(FileTensor::i64("d2t", &method.vocab().d2t()));
+    tensors.push(FileTensor::bool("t2d", &method.vocab().t2d()));
+    let warnings = Eagle3Export { config, tensors, target: &info.raw }.write(&options.path, options.write)?;
+    warnings.iter().for_each(|warning| eprintln!("{warning}"));
+    Ok(options.path.clone())
+}
+
+/// A draft from an EAGLE3 folder, over the target's frozen parts.
+pub(crate) fn load(
+    folder: &Path,
+    plan: &RunPlan,
+    info: &TargetInfo,
+    frozen: &Frozen,
+) -> Result<(Box<dyn DraftMethod>, Params)> {
+    let read = read_eagle3(folder)?;
+    let dims = eagle3::Dims::from_json(&read.config_json).with_context(|| format!("{}/config.json", folder.display()))?;
+    let capture = match read.config.capture_layers.clone() {
+        Some(layers) => Capture { layers, last_hidden: true },
+        None => Capture::eagle3_default(info.n_layers)?,
+    };
+    let mut params = Params::new();
+    for (name, shape) in dims.weights() {
+        let value = match read.tensors.get(&name) {
+            Some(tensor) if tensor.shape == shape => Tensor::from_f32(Device::Cpu, tensor.to_f32(), &shape)?,
+            Some(tensor) => bail!("{}: {name} has shape {:?}, expected {shape:?}", folder.display(), tensor.shape),
+            None if name == "embed_tokens.weight" && frozen.embedding.shape() == shape => frozen.embedding.clone(),
+            None => bail!("{}: {name} is missing", folder.display()),
+        };
+        params.add(name, value, false);
+    }
+    let vocab = match read.tensors.get("d2t") {
+        Some(d2t) => {
+            let offsets: Vec<i64> =
+                d2t.bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("eight bytes"))).collect();
+            VocabMap::from_offsets(&offsets, dims.vocab_size)?
+        }
+        None => VocabMap::full(dims.vocab_size),
+    };
+    let MethodConfig::Eagle3(config) = &plan.method else {
+        bail!("{}: an EAGLE3 folder, but the recipe's method is {}", folder.display(), plan.method.name());
+    };
+    let method = eagle3::Eagle3::over(config, dims, capture, frozen, vocab, &params)?;
+    eprintln!("draft     {}", folder.display());
+    Ok((Box::new(method), params))
+}
+
+/// Replaces fresh weights by those of a draft folder. Its draft vocabulary must be the run's.
+pub(crate) fn warm_start(folder: &Path, method: &dyn DraftMethod, params: &mut Params) -> Result<()> {
+    let read = read_eagle3(folder)?;
+    if let Some(d2t) = read.tensors.get("d2t") {
+        let ours: Vec<u8> = method.vocab().d2t().iter().flat_map(|offset| offset.to_le_bytes()).collect();
+        if *d2t.bytes != *ours {
+            bail!("{}: its draft vocabulary (d2t) is not the one counted from this run's data; train with the same data or without warm-start", folder.display());
+        }
+    }
+    let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
+    for id in ids {
+        let param = params.get_mut(id);
+        let shape = param.value.shape().to_vec();
+        let tensor = read.tensors.get(&param.name).with_context(|| format!("{}: {} is missing", folder.display(), param.name))?;
+        if tensor.shape != shape {
+            bail!("{}: {} has shape {:?}, this recipe's draft needs {shape:?}", folder.display(), param.name, tensor.shape);
+        }
+        param.value = Tensor::from_f32(param.value.device(), tensor.to_f32(), &shape)?.cast(param.value.dtype())?;
+    }
+    eprintln!("warm      weights of {}", folder.display());
+    Ok(())
+}

@@ -1,0 +1,167 @@
+//! `specforge info`: what a folder is, or what this machine has.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+use specforge_data::Prepared;
+use specforge_models::TargetInfo;
+use specforge_nn::weights::Weights;
+use specforge_store::Reader;
+use specforge_train::Checkpoint;
+
+use crate::machine;
+use crate::show::{Progress, bytes, table};
+
+/// Tell what a folder is: a target, a feature store, a checkpoint, a draft, a prepared set; without one, this machine.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The folder.
+    path: Option<PathBuf>,
+    /// For a store: read every byte and name what is damaged.
+    #[arg(long, requires = "path")]
+    verify: bool,
+    /// Print as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let facts = match &args.path {
+        None => this_machine(),
+        Some(path) => of(path)?,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&facts)?);
+    } else {
+        let shown = facts.as_object().into_iter().flatten();
+        let rows: Vec<(&str, String)> = shown.map(|(key, value)| (key.as_str(), plain(key, value))).collect();
+        print!("{}", table(&rows));
+    }
+    match (&args.path, args.verify) {
+        (Some(path), true) => verify(path),
+        _ => Ok(()),
+    }
+}
+
+fn plain(key: &str, value: &Value) -> String {
+    match value {
+        Value::String(s) => s.clone(),
+        Value::Number(n) if key.ends_with("bytes") => bytes(n.as_u64().unwrap_or(0)),
+        other => other.to_string(),
+    }
+}
+
+fn this_machine() -> Value {
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": "cpu",
+        "threads": machine::threads(),
+        "memory_available_bytes": machine::available_memory(),
+    })
+}
+
+fn of(path: &Path) -> Result<Value> {
+    if path.join("state.json").exists() {
+        return checkpoint(path);
+    }
+    if path.join("index.bin").exists() && path.join("rows.bin").exists() {
+        return prepared(path);
+    }
+    if path.join("manifest.json").exists() {
+        return store(path);
+    }
+    if path.join("config.json").exists() {
+        return model(path);
+    }
+    bail!("{}: not a target, store, checkpoint, draft or prepared set (none of config.json, manifest.json, state.json is in it)", path.display())
+}
+
+fn checkpoint(path: &Path) -> Result<Value> {
+    let checkpoint = Checkpoint::open(path)?;
+    let weights = Weights::open(&checkpoint.draft())?;
+    let state = &checkpoint.state;
+    Ok(json!({
+        "kind": "checkpoint",
+        "step": state.position.step,
+        "epoch": state.position.epoch,
+        "tokens": state.tokens,
+        "best_step": state.best.map(|b| b.step),
+        "best_acceptance_length": state.best.map(|b| b.acceptance_length),
+        "tensors": weights.names().count(),
+    }))
+}
+
+fn prepared(path: &Path) -> Result<Value> {
+    let data = Prepared::open(path)?;
+    let report = data.report();
+    Ok(json!({
+        "kind": "prepared set",
+        "rows": data.len(),
+        "tokens": report.tokens,
+        "supervised_share": report.supervised_share(),
+        "dropped": report.rows_dropped(),
+        "hash": data.hash(),
+    }))
+}
+
+fn store(path: &Path) -> Result<Value> {
+    let summary = serde_json::to_value(Reader::open(path)?.summary())?;
+    let mut facts = json!({ "kind": "feature store" });
+    if let (Some(facts), Value::Object(summary)) = (facts.as_object_mut(), summary) {
+        facts.extend(summary);
+    }
+    Ok(facts)
+}
+
+fn model(path: &Path) -> Result<Value> {
+    let config: Value = serde_json::from_slice(&fs_err::read(path.join("config.json"))?)?;
+    if config["architectures"][0].as_str().is_some_and(|a| a.contains("Eagle3")) {
+        let report = specforge_export::check(path, None);
+        return Ok(json!({
+            "kind": "EAGLE3 draft",
+            "hidden_size": config["hidden_size"],
+            "draft_vocab_size": config["draft_vocab_size"],
+            "tensors": report.tensors,
+            "values": report.elements,
+            "servable": report.is_servable(),
+            "problems": report.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        }));
+    }
+    let info = TargetInfo::read(path)?;
+    let weights = Weights::open(path)?;
+    let size: usize = weights.names().filter_map(|n| weights.get(n)).map(|v| v.bytes.len()).sum();
+    Ok(json!({
+        "kind": "target",
+        "architecture": info.architecture,
+        "layers": info.n_layers,
+        "hidden_size": info.hidden_size,
+        "vocab_size": info.vocab_size,
+        "heads": format!("{} / {} of {}", info.n_heads, info.n_kv_heads, info.head_dim),
+        "max_position_embeddings": info.max_position_embeddings,
+        "dtype": info.dtype,
+        "weights_bytes": size,
+        "fingerprint": weights.fingerprint(),
+    }))
+}
+
+fn verify(path: &Path) -> Result<()> {
+    let reader = Reader::open(path)?;
+    let progress = Progress::new("verify", true);
+    let report = reader.verify(&|done, total| progress.set(done, total));
+    progress.done();
+    let report = report?;
+    for damage in &report.damaged {
+        println!("damaged: {}", serde_json::to_string(damage)?);
+    }
+    if !report.damaged.is_empty() {
+        bail!(
+            "{}: {} of {} records are damaged; delete the shards named above and run the capture again",
+            path.display(),
+            report.damaged.len(),
+            report.records
+        );
+    }
+    println!("verified: {} records, {}", report.records, bytes(report.bytes));
+    Ok(())
+}

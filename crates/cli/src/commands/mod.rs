@@ -1,0 +1,8 @@
+//! One file per command: its arguments on top, what it does below.
+
+pub(crate) mod capture;
+pub(crate) mod eval;
+pub(crate) mod export;
+pub(crate) mod info;
+pub(crate) mod prepare;
+pub(crate) mod train;

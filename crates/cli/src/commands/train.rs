@@ -1,0 +1,428 @@
+//! `specforge train`: a recipe to a trained draft, its acceptance length, and the folder that SGLang loads.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::json;
+use specforge_config::{Length, Mode, RunPlan};
+use specforge_data::Prepared;
+use specforge_eval::{Options, Report};
+use specforge_methods::{DraftMethod, Frozen};
+use specforge_models::{Target, TargetInfo};
+use specforge_nn::optimizer::AdamW;
+use specforge_nn::weights::Weights;
+use specforge_store::Reader;
+use specforge_tensor::Params;
+use specforge_train::{
+    Cache, Checkpoint, Checkpoints, Event, FeatureSource, Hooks, Offline, Online, Order, Outcome, Settings, State,
+    Trainer,
+};
+
+use super::capture::stop_on_signal;
+use super::{eval, export};
+use crate::setup::{self, RecipeArgs};
+use crate::show::{Progress, positions, rate, table};
+use crate::lock;
+
+/// Train a draft, measure its acceptance length by real decoding, and export the folder that SGLang loads.
+///
+/// Online recipes keep the target in memory; offline recipes read a store that `specforge capture` made; cache
+/// recipes do the first in the first pass and the second afterwards. Everything goes to <output-dir>/<name>:
+/// checkpoints, metrics.jsonl, summary.json, export. Ctrl-C finishes the step and saves; --resume goes on to the same
+/// bits as a run that never stopped.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// Go on from the newest checkpoint of the run, or from the given one.
+    #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1)]
+    resume: Option<Option<PathBuf>>,
+    /// Throw away what an earlier run of this name left, and start afresh.
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
+    /// Print the summary as JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// `summary.json`, and what is printed at the end.
+#[derive(Debug, Serialize)]
+struct Summary {
+    name: String,
+    method: &'static str,
+    steps: u64,
+    tokens: u64,
+    acceptance_length: Option<f64>,
+    acceptance_length_untrained: Option<f64>,
+    acceptance_per_position: Vec<f64>,
+    lossless: Option<bool>,
+    /// Training throughput.
+    tokens_per_second: f64,
+    /// Decoding with the draft, over decoding without.
+    speedup: Option<f64>,
+    decode_tokens_per_second: Option<f64>,
+    plain_tokens_per_second: Option<f64>,
+    best_step: u64,
+    export_dir: PathBuf,
+    /// Of the whole command.
+    seconds: f64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let started = Instant::now();
+    let plan = args.recipe.plan()?;
+    let _lock = lock::take(&plan.run_dir)?;
+    let resume = clear_or_resume(args, &plan)?;
+    let data = setup::prepared(&plan)?;
+    let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
+    let Parts { info, method, params, mut source, mut decoder } = Parts::build(&plan, &data, &held_out)?;
+    let mut trainer = trainer(&plan, method.as_ref(), params, &data, (&train_rows, &held_out))?;
+    let untrained = match &resume {
+        Some(checkpoint) => {
+            take_up(&mut trainer, checkpoint, &plan)?;
+            fs_err::read(plan.run_dir.join("untrained.json")).ok().and_then(|t| serde_json::from_slice(&t).ok())
+        }
+        None => {
+            setup::write_text(&plan.run_dir.join("plan.json"), &plan.to_json())?;
+            let untrained = decoder.acceptance_length(method.as_ref(), &trainer.params)?;
+            setup::write_json(&plan.run_dir.join("untrained.json"), &untrained)?;
+            untrained
+        }
+    };
+    let training = Instant::now();
+    let tokens_before = trainer.state.tokens;
+    let mut hooks = Terminal::new(&mut decoder, stop_on_signal()?, trainer.settings.total_steps);
+    let outcome = trainer.run(source.as_mut(), &mut hooks);
+    hooks.progress.done();
+    if outcome? == Outcome::Stopped {
+        bail!("stopped at step {} and saved; go on with: specforge train {} --resume", trainer.state.position.step, args.recipe.recipe.display());
+    }
+    let tokens_per_second = (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
+    let best = use_best(&mut trainer, &plan)?;
+    let report = decoder.measure(method.as_ref(), &trainer.params)?;
+    let export_dir = export::write(&plan, &info, method.as_ref(), &trainer.params, &export::Options::of(&plan, true))?;
+    let summary = Summary {
+        name: plan.name.clone(),
+        method: plan.method.name(),
+        steps: trainer.state.position.step,
+        tokens: trainer.state.tokens,
+        acceptance_length: report.as_ref().map(|r| r.acceptance_length),
+        acceptance_length_untrained: untrained,
+        acceptance_per_position: report.as_ref().map(|r| r.acceptance_per_position.clone()).unwrap_or_default(),
+        lossless: report.as_ref().and_then(|r| r.lossless),
+        tokens_per_second,
+        speedup: report.as_ref().and_then(|r| r.speedup),
+        decode_tokens_per_second: report.as_ref().and_then(|r| r.tokens_per_second),
+        plain_tokens_per_second: report.as_ref().and_then(|r| r.plain_tokens_per_second),
+        best_step: best,
+        export_dir,
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    setup::write_json(&plan.run_dir.join("summary.json"), &summary)?;
+    if args.json { println!("{}", serde_json::to_string_pretty(&summary)?) } else { print_table(&summary, &plan) }
+    Ok(())
+}
+
+/// The checkpoint to go on from; a run that is there already is neither continued nor replaced without being told.
+fn clear_or_resume(args: &Args, plan: &RunPlan) -> Result<Option<Checkpoint>> {
+    let folder = plan.run_dir.join("checkpoints");
+    if let Some(Some(given)) = &args.resume {
+        return Ok(Some(Checkpoint::open(given)?));
+    }
+    if args.overwrite {
+        // Only what a run writes; anything else in the folder stays.
+        for name in ["checkpoints", "export"] {
+            let path = plan.run_dir.join(name);
+            if path.exists() {
+                fs_err::remove_dir_all(path)?;
+            }
+        }
+        for name in ["metrics.jsonl", "summary.json", "untrained.json", "plan.json"] {
+            let path = plan.run_dir.join(name);
+            if path.exists() {
+                fs_err::remove_file(path)?;
+            }
+        }
+        return Ok(None);
+    }
+    let latest = if folder.exists() { Checkpoints::open(folder, 0)?.latest()? } else { None };
+    match latest {
+        None if matches!(args.resume, Some(None)) => {
+            eprintln!("resume    {} has no checkpoint yet: starting from the beginning", plan.run_dir.display());
+            Ok(None)
+        }
+        Some(checkpoint) if args.resume.is_none() && !plan.train.auto_resume => bail!(
+            "{}: this run is at step {} already; go on with --resume, start afresh with --overwrite, or choose another name with --set name=...",
+            plan.run_dir.display(),
+            checkpoint.state.position.step
+        ),
+        latest => Ok(latest),
+    }
+}
+
+/// Puts a checkpoint's weights and position into the trainer, if it belongs to this plan and these inputs.
+fn take_up(trainer: &mut Trainer<'_>, checkpoint: &Checkpoint, plan: &RunPlan) -> Result<()> {
+    let saved = plan.run_dir.join("plan.json");
+    let mut differences = if saved.exists() { plan.differences(&RunPlan::read(&saved)?) } else { Vec::new() };
+    let (now, before) = (&trainer.state.identity, &checkpoint.state.identity);
+    for key in ["data", "target", "draft"] {
+        if now[key] != before[key] {
+            differences.push(format!("{key}: the contents are not those that the run was started with"));
+        }
+    }
+    if !differences.is_empty() {
+        bail!(
+            "{}: a resumed run must be the same run:\n  {}\nundo these changes, or start another run with --set name=...",
+            checkpoint.folder.display(),
+            differences.join("\n  ")
+        );
+    }
+    trainer.resume(checkpoint)?;
+    eprintln!("resume    step {} of {}", trainer.state.position.step, trainer.settings.total_steps);
+    Ok(())
+}
+
+/// The best checkpoint's weights instead of the last ones.
+fn use_best(trainer: &mut Trainer<'_>, plan: &RunPlan) -> Result<u64> {
+    let best = Checkpoints::open(plan.run_dir.join("checkpoints"), 0)?.named("best")?;
+    let step = trainer.state.position.step;
+    let Some(best) = best.filter(|best| best.state.position.step != step) else { return Ok(step) };
+    best.restore_weights(&mut trainer.params)?;
+    Ok(best.state.position.step)
+}
+
+fn print_table(s: &Summary, plan: &RunPlan) {
+    let length = |l: Option<f64>| l.map_or("not measured".to_owned(), |l| format!("{l:.2}"));
+    let lossless = match s.lossless {
+        Some(true) => "yes: greedy output is token for token the target's own",
+        Some(false) => "NO: see `specforge eval`",
+        None => "not measured",
+    };
+    let decoding = match (s.decode_tokens_per_second, s.plain_tokens_per_second, s.speedup) {
+        (Some(with), Some(without), Some(speedup)) => {
+            format!("{} with the draft, {} without ({speedup:.2}x)", rate(with), rate(without))
+        }
+        _ => "not measured".to_owned(),
+    };
+    let rows = [
+        ("acceptance length before", length(s.acceptance_length_untrained)),
+        ("acceptance length after", length(s.acceptance_length)),
+        ("accepted at draft position", positions(&s.acceptance_per_position)),
+        ("lossless", lossless.to_owned()),
+        ("decoding on this machine", decoding),
+        ("training", format!("{} steps, {}, best at step {}", s.steps, rate(s.tokens_per_second), s.best_step)),
+        ("run", plan.run_dir.display().to_string()),
+        ("exported folder for SGLang", s.export_dir.display().to_string()),
+        ("time", format!("{:.0} s", s.seconds)),
+    ];
+    print!("\n{}", table(&rows));
+}
+
+/// What a run is built of, mode decided.
+struct Parts {
+    info: TargetInfo,
+    method: Box<dyn DraftMethod>,
+    params: Params,
+    source: Box<dyn FeatureSource>,
+    decoder: Decoder,
+}
+
+impl Parts {
+    fn build(plan: &RunPlan, data: &Arc<Prepared>, held_out: &[usize]) -> Result<Self> {
+        let info = TargetInfo::read(&plan.target.path)?;
+        let target = if plan.mode == Mode::Offline { None } else { Some(setup::target(plan)?) };
+        let frozen = match &target {
+            Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },
+            None => setup::frozen(plan, &info)?,
+        };
+        let (method, mut params) = setup::draft(plan, &info, &frozen, data)?;
+        if let Some(folder) = &plan.train.warm_start {
+            export::warm_start(folder, method.as_ref(), &mut params)?;
+        }
+        let source = source(plan, &info, method.as_ref(), target.clone(), data)?;
+        let prompts = setup::prompts(plan, held_out, data, plan.eval.max_prompts)?;
+        let decoder = Decoder { target, plan: plan.clone(), prompts };
+        Ok(Self { info, method, params, source, decoder })
+    }
+}
+
+/// Where the features come from.
+fn source(
+    plan: &RunPlan,
+    info: &TargetInfo,
+    method: &dyn DraftMethod,
+    target: Option<Arc<Target>>,
+    data: &Arc<Prepared>,
+) -> Result<Box<dyn FeatureSource>> {
+    let capture = method.capture().clone();
+    let spec = |capture| setup::store_spec(plan, info, capture, data);
+    let Some(target) = target else {
+        let reader = Reader::open(&plan.store.path)
+            .with_context(|| format!("offline training reads what `specforge capture` wrote to {}", plan.store.path.display()))?;
+        let spec = spec(&capture)?;
+        reader.expect(&spec.identity, &spec.schema)?;
+        return Ok(Box::new(Offline::new(Arc::new(reader))));
+    };
+    let online = Online { target, data: data.clone(), capture, dtype: setup::capture_dtype(plan) };
+    if plan.mode == Mode::Cache {
+        let spec = spec(&online.capture)?;
+        return Ok(Box::new(Cache::open(online, plan.store.path.clone(), spec)?));
+    }
+    Ok(Box::new(online))
+}
+
+fn trainer<'a>(
+    plan: &RunPlan,
+    method: &'a dyn DraftMethod,
+    params: Params,
+    data: &Prepared,
+    (train_rows, held_out): (&[usize], &[usize]),
+) -> Result<Trainer<'a>> {
+    let lengths = |rows: &[usize]| rows.iter().map(|&r| (r, data.row(r).ids.len())).collect::<Vec<_>>();
+    let order = Order {
+        rows: lengths(train_rows),
+        tokens_per_batch: plan.train.tokens_per_batch,
+        accumulation: plan.train.accumulation,
+        seed: plan.seed,
+    };
+    let total_steps = match plan.train.length {
+        Length::Epochs(epochs) => order.total_steps(epochs),
+        Length::MaxSteps(steps) => steps,
+    };
+    let held = Order { rows: lengths(held_out), accumulation: 1, ..order.clone() };
+    let settings = Settings {
+        folder: plan.run_dir.clone(),
+        total_steps,
+        log_every: plan.train.log_every,
+        eval_every: plan.train.eval_every.unwrap_or(0),
+        save_every: plan.train.save_every.unwrap_or(0),
+        keep: plan.train.keep,
+        schedule: plan.train.schedule.clone(),
+        held_out: held.epoch(0).into_iter().flatten().collect(),
+    };
+    let draft_vocab: Vec<u8> = method.vocab().target_ids().iter().flat_map(|id| id.to_le_bytes()).collect();
+    let identity = json!({
+        "plan": plan.training_identity(),
+        "data": data.hash(),
+        "target": Weights::open(&plan.target.path)?.fingerprint(),
+        "draft": blake3::hash(&draft_vocab).to_hex().as_str(),
+    });
+    let trained: usize = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| p.value.len()).sum();
+    eprintln!(
+        "train     {} rows, {} held out, {total_steps} steps; {} has {:.2} M trained parameters",
+        train_rows.len(),
+        held_out.len(),
+        plan.method.name(),
+        trained as f64 / 1e6
+    );
+    let optimizer = AdamW::new(plan.train.optimizer.clone(), &params)?;
+    Ok(Trainer { method, params, optimizer, order, settings, state: State::new(identity) })
+}
+
+/// Decodes held-out prompts: the target is loaded at first use where training itself does not need it.
+struct Decoder {
+    target: Option<Arc<Target>>,
+    plan: RunPlan,
+    prompts: Vec<Vec<u32>>,
+}
+
+impl Decoder {
+    fn target(&mut self) -> Result<Arc<Target>> {
+        if let Some(target) = &self.target {
+            return Ok(target.clone());
+        }
+        let target = setup::target(&self.plan)?;
+        self.target = Some(target.clone());
+        Ok(target)
+    }
+
+    /// A quick measure on a few prompts; `None` if the recipe wants none.
+    fn acceptance_length(&mut self, method: &dyn DraftMethod, params: &Params) -> Result<Option<f64>> {
+        let n = self.plan.eval.training_prompts.min(self.prompts.len());
+        if n == 0 {
+            return Ok(None);
+        }
+        let target = self.target()?;
+        let options = Options { plain: false, parallel: true, ..eval::options(&self.plan) };
+        let report = specforge_eval::evaluate(&target, method, params, &self.prompts[..n], &options, &|_, _| ())?;
+        Ok(Some(report.acceptance_length))
+    }
+
+    /// The whole measure, with speed and the proof that nothing is lost.
+    fn measure(&mut self, method: &dyn DraftMethod, params: &Params) -> Result<Option<Report>> {
+        if self.prompts.is_empty() {
+            return Ok(None);
+        }
+        let target = self.target()?;
+        let progress = Progress::new("eval", false);
+        let shown = |done, total| progress.set(done, total);
+        let report = specforge_eval::evaluate(&target, method, params, &self.prompts, &eval::options(&self.plan), &shown);
+        progress.done();
+        Ok(Some(report?))
+    }
+}
+
+/// Shows the run and stops it when asked.
+struct Terminal<'a> {
+    decoder: &'a mut Decoder,
+    stop: &'static AtomicBool,
+    progress: Progress,
+}
+
+impl<'a> Terminal<'a> {
+    fn new(decoder: &'a mut Decoder, stop: &'static AtomicBool, total: u64) -> Self {
+        let progress = Progress::new("train", false);
+        progress.set(0, total);
+        Self { decoder, stop, progress }
+    }
+}
+
+impl Hooks for Terminal<'_> {
+    fn event(&mut self, event: Event<'_>) {
+        match event {
+            Event::Step { step, total, figures, seconds } => {
+                self.progress.message(format!(
+                    "loss {:.3}  accepted {}  {}",
+                    figures.objective.value(),
+                    positions(&figures.values("acceptance")),
+                    rate(figures.tokens as f64 / seconds.max(1e-9))
+                ));
+                self.progress.set(step, total);
+            }
+            Event::Record(record) => self.progress.line(&format!(
+                "step {:>6}  loss {:.4}  accepted {}  lr {:.1e}  {}",
+                record.step,
+                record.loss,
+                positions(&record.acceptance),
+                record.lr,
+                rate(record.tokens_per_second)
+            )),
+            Event::Evaluated(held) => self.progress.line(&format!(
+                "held out     loss {:.4}  accepted {}  acceptance length {}",
+                held.figures.objective.value(),
+                positions(&held.figures.values("acceptance")),
+                held.acceptance_length.map_or_else(
+                    || format!("about {:.2} (estimated, no decoding)", held.figures.estimated_acceptance_length()),
+                    |length| format!("{length:.2}"),
+                )
+            )),
+            Event::Saved(folder) => self.progress.line(&format!("saved        {}", folder.display())),
+        }
+    }
+
+    fn stop_requested(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn acceptance_length(
+        &mut self,
+        method: &dyn DraftMethod,
+        params: &Params,
+    ) -> specforge_train::Result<Option<f64>> {
+        self.decoder.acceptance_length(method, params).map_err(|e| specforge_train::Error::Hook(format!("{e:#}")))
+    }
+}

@@ -1,0 +1,191 @@
+//! What several commands build from a plan: the prepared set, the target, the draft, prompts, a store's identity.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use specforge_config::{CaptureDType, Recipe, RunPlan, TargetDType};
+use specforge_data::{ChatTemplate, Prepared, TokenCounts, Tokenizer, Unseen, read_prompts};
+use specforge_methods::{DraftMethod, Frozen, VocabMap};
+use specforge_models::{Capture, Target, TargetInfo};
+use specforge_nn::weights::Weights;
+use specforge_store::{CaptureSpec, Identity, Spec, TargetIdentity};
+use specforge_tensor::{DType, Device, Params, Tensor};
+use specforge_train::features;
+
+use crate::machine::available_memory;
+use crate::show::Progress;
+
+/// Arguments of every command that takes a recipe.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RecipeArgs {
+    /// The recipe, a TOML file. Paths in it start at the current folder.
+    pub recipe: PathBuf,
+    /// Replaces a value of the recipe, for example --set train.optimizer.lr=2e-4. May be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+impl RecipeArgs {
+    /// Reads the recipe and resolves it, and sets the number of threads it asks for.
+    pub(crate) fn plan(&self) -> Result<RunPlan> {
+        let plan = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?.plan;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads);
+        // A second pool in one process is only ever asked for by tests.
+        let _ = pool.build_global();
+        Ok(plan)
+    }
+}
+
+/// Tokenised rows, from the cache if nothing changed, and what was dropped.
+pub(crate) fn prepared(plan: &RunPlan) -> Result<Arc<Prepared>> {
+    let progress = Progress::new("prepare", true);
+    let prepared = specforge_data::prepare(&plan.prepare_config(), &|done, total| progress.set(done, total))?;
+    progress.done();
+    let report = prepared.report();
+    eprintln!(
+        "data      {} rows of {}, {} tokens, {:.0} % supervised",
+        report.rows_kept,
+        report.rows_read,
+        report.tokens,
+        100.0 * report.supervised_share()
+    );
+    for (reason, count) in &report.dropped {
+        eprintln!("          {count} dropped: {reason}");
+    }
+    report.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    Ok(Arc::new(prepared))
+}
+
+/// The element type for the target's weights: float32 computes fastest on a CPU, if it fits.
+fn storage(plan: &RunPlan) -> Result<Option<DType>> {
+    Ok(match plan.target.dtype {
+        TargetDType::F32 => Some(DType::F32),
+        TargetDType::Bf16 => Some(DType::Bf16),
+        TargetDType::F16 => Some(DType::F16),
+        TargetDType::Auto => {
+            let weights = Weights::open(&plan.target.path)?;
+            let elements: usize = weights.names().filter_map(|n| weights.get(n)).map(|v| v.shape.iter().product::<usize>()).sum();
+            let fits = available_memory().is_none_or(|free| (elements as u64) * 4 < free / 2);
+            fits.then_some(DType::F32)
+        }
+    })
+}
+
+/// The whole target in memory.
+pub(crate) fn target(plan: &RunPlan) -> Result<Arc<Target>> {
+    let target = Target::load(&plan.target.path, Device::Cpu, storage(plan)?)?;
+    let info = target.info();
+    eprintln!(
+        "target    {} ({} layers, width {}, vocabulary {}), {}",
+        info.architecture,
+        info.n_layers,
+        info.hidden_size,
+        info.vocab_size,
+        plan.target.path.display()
+    );
+    Ok(Arc::new(target))
+}
+
+/// The parts of the target that every draft reads, without the rest of it.
+pub(crate) fn frozen(plan: &RunPlan, info: &TargetInfo) -> Result<Frozen> {
+    let weights = Weights::open(&plan.target.path)?;
+    let shape = [info.vocab_size, info.hidden_size];
+    let read = |name: &str| -> Result<Tensor> {
+        let values = weights.require(name, &shape)?.to_f32();
+        Ok(Tensor::from_f32(Device::Cpu, values, &shape)?)
+    };
+    let embedding = read("model.embed_tokens.weight")?;
+    let head = if info.tie_word_embeddings { embedding.clone() } else { read("lm_head.weight")? };
+    Ok(Frozen { embedding, head })
+}
+
+/// The draft with fresh weights, its vocabulary counted over the supervised tokens of the prepared set.
+pub(crate) fn draft(
+    plan: &RunPlan,
+    info: &TargetInfo,
+    frozen: &Frozen,
+    data: &Prepared,
+) -> Result<(Box<dyn DraftMethod>, Params)> {
+    let vocab = match plan.method.draft_vocab_size(info) {
+        None => VocabMap::full(info.vocab_size),
+        Some(size) => {
+            let counts = TokenCounts::of(info.vocab_size, data.rows())?;
+            let map = specforge_data::VocabMap::build(&counts, size, Unseen::Refuse)?;
+            eprintln!("draft     {size} of {} tokens cover {:.2} % of the supervised text", info.vocab_size, 100.0 * map.coverage(&counts));
+            VocabMap::from_offsets(&map.d2t, info.vocab_size)?
+        }
+    };
+    Ok(plan.method.build(info, frozen, vocab, plan.seed)?)
+}
+
+/// What captured states are rounded to.
+pub(crate) fn capture_dtype(plan: &RunPlan) -> DType {
+    match plan.capture.dtype {
+        CaptureDType::Bf16 => DType::Bf16,
+        CaptureDType::F32 => DType::F32,
+    }
+}
+
+/// What a store for this plan is made of.
+pub(crate) fn store_spec(plan: &RunPlan, info: &TargetInfo, capture: &Capture, data: &Prepared) -> Result<Spec> {
+    let config = fs_err::read(plan.target.path.join("config.json"))?;
+    let target = TargetIdentity {
+        path: plan.target.path.display().to_string(),
+        architecture: info.architecture.clone(),
+        config_hash: blake3::hash(&config).to_hex().to_string(),
+        weights_hash: Weights::open(&plan.target.path)?.fingerprint(),
+        dtype: format!("{:?}", plan.target.dtype).to_lowercase(),
+    };
+    let layers = capture.layers.iter().map(|&layer| layer as u32).collect();
+    Ok(Spec {
+        encoding: plan.store.encoding,
+        schema: features::schema(capture, info.hidden_size)?,
+        identity: Identity {
+            target,
+            capture: CaptureSpec { layers, last_hidden: capture.last_hidden },
+            tokenizer_hash: data.tokenizer_hash().to_owned(),
+            template_hash: data.template_hash().unwrap_or_default().to_owned(),
+            prepared_hash: data.hash().to_owned(),
+            prepared_rows: data.len() as u64,
+            max_length: plan.data.max_length as u64,
+        },
+    })
+}
+
+/// Prompts for decoding: the file's, or what comes before the first answer of held-out rows.
+pub(crate) fn prompts(plan: &RunPlan, held_out: &[usize], data: &Prepared, most: usize) -> Result<Vec<Vec<u32>>> {
+    if let Some(file) = &plan.eval.prompts {
+        return prompts_from(plan, file, most);
+    }
+    let prompt = |&row: &usize| {
+        let row = data.row(row);
+        let answer = row.loss_mask.iter().position(|&m| m == 1)?;
+        (answer > 0).then(|| row.ids[..answer].to_vec())
+    };
+    Ok(held_out.iter().filter_map(prompt).take(most).collect())
+}
+
+/// The prompts of a file.
+pub(crate) fn prompts_from(plan: &RunPlan, file: &Path, most: usize) -> Result<Vec<Vec<u32>>> {
+    let tokenizer = Tokenizer::open(&plan.target.path)?;
+    let template = ChatTemplate::open(&plan.target.path, tokenizer.special(), &plan.data.template)?;
+    let prompts = read_prompts(file, &tokenizer, Some(&template))?;
+    Ok(prompts.into_iter().map(|p| p.ids).take(most).collect())
+}
+
+/// Writes a JSON file in one piece.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    write_text(path, &(serde_json::to_string_pretty(value)? + "\n"))
+}
+
+/// Writes a file in one piece: it is there whole, or as it was.
+pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
+    use std::io::Write;
+    let unfinished = path.with_extension("tmp");
+    let mut file = fs_err::File::create(&unfinished)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs_err::rename(&unfinished, path).with_context(|| format!("{}: cannot be replaced", path.display()))
+}

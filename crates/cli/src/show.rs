@@ -1,0 +1,88 @@
+//! What a user sees while something runs: a bar on a terminal, now and then a line elsewhere.
+
+use std::cell::Cell;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// How often a line is printed where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Progress of one piece of work.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    name: &'static str,
+    terminal: bool,
+    last_line: Cell<Instant>,
+}
+
+impl Progress {
+    /// Work called `name`, counted in things that `unit` formats: `bytes` or plain numbers.
+    pub(crate) fn new(name: &'static str, bytes: bool) -> Self {
+        let (done, total) = if bytes { ("{bytes}", "{total_bytes}") } else { ("{pos}", "{len}") };
+        let template = format!("{{prefix:<10}} {{bar:24}} {done}/{total}  {{elapsed}} (eta {{eta}})  {{msg}}");
+        let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::new(0).with_style(style).with_prefix(name);
+        Self { bar, name, terminal: std::io::stderr().is_terminal(), last_line: Cell::new(Instant::now()) }
+    }
+
+    /// So much of so much is done.
+    pub(crate) fn set(&self, done: u64, total: u64) {
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+        if !self.terminal && self.last_line.get().elapsed() >= LINE_EVERY {
+            self.last_line.set(Instant::now());
+            eprintln!("{}: {done} of {total}  {}", self.name, self.bar.message());
+        }
+    }
+
+    /// What is beside the bar.
+    pub(crate) fn message(&self, message: String) {
+        self.bar.set_message(message);
+    }
+
+    /// A line above the bar.
+    pub(crate) fn line(&self, line: &str) {
+        if self.terminal {
+            self.bar.println(line);
+        } else {
+            eprintln!("{line}");
+        }
+    }
+
+    /// The bar goes away.
+    pub(crate) fn done(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// `0.71 0.52 0.40`: one figure per draft position.
+pub(crate) fn positions(values: &[f64]) -> String {
+    values.iter().map(|v| format!("{v:.2}")).collect::<Vec<_>>().join(" ")
+}
+
+/// Tokens per second, short.
+pub(crate) fn rate(tokens_per_second: f64) -> String {
+    match tokens_per_second {
+        r if r >= 10_000.0 => format!("{:.1}k tok/s", r / 1000.0),
+        r => format!("{r:.0} tok/s"),
+    }
+}
+
+/// A table of names and values, names to the left.
+pub(crate) fn table(rows: &[(&str, String)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    rows.iter().map(|(name, value)| format!("{name:<width$}  {value}\n")).collect()
+}
+
+/// Bytes in the unit that suits them.
+pub(crate) fn bytes(n: u64) -> String {
+    match n {
+        0..1024 => format!("{n} B"),
+        1024..0x10_0000 => format!("{:.1} KiB", n as f64 / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{:.1} MiB", n as f64 / 1_048_576.0),
+        _ => format!("{:.2} GiB", n as f64 / 1_073_741_824.0),
+    }
+}

@@ -1,0 +1,111 @@
+//! Small random targets in the form of Hugging Face folders.
+
+use std::path::Path;
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+use specforge_models::{Capture, Target};
+use specforge_tensor::Device;
+use specforge_testkit::Lcg;
+
+/// Tokens of the small targets.
+pub(crate) const VOCAB: usize = 50;
+
+/// The configuration of a small target; `extra` keys are added or replace others.
+pub(crate) fn config(architecture: &str, extra: &Value) -> Value {
+    let mut config = json!({
+        "architectures": [architecture], "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": VOCAB,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48,
+        "max_position_embeddings": 64, "hidden_act": "silu", "torch_dtype": "float32",
+        "bos_token_id": 1, "eos_token_id": [2, 3],
+    });
+    for (key, value) in extra.as_object().expect("extra keys") {
+        config[key] = value.clone();
+    }
+    config
+}
+
+/// Names and shapes of its tensors.
+pub(crate) fn tensors(config: &Value) -> Vec<(String, Vec<usize>)> {
+    let n = |key: &str| config[key].as_u64().expect("a size") as usize;
+    let (h, i, v, d) = (n("hidden_size"), n("intermediate_size"), n("vocab_size"), n("head_dim"));
+    let (q, kv) = (n("num_attention_heads") * d, n("num_key_value_heads") * d);
+    let architecture = config["architectures"][0].as_str().expect("a name");
+    let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![v, h])];
+    for layer in 0..n("num_hidden_layers") {
+        let mut add =
+            |name: &str, shape: &[usize]| all.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+        for (name, n_out, n_in) in [("q", q, h), ("k", kv, h), ("v", kv, h), ("o", h, q)] {
+            add(&format!("self_attn.{name}_proj.weight"), &[n_out, n_in]);
+            if architecture == "Qwen2ForCausalLM" && name != "o" {
+                add(&format!("self_attn.{name}_proj.bias"), &[n_out]);
+            }
+        }
+        if architecture == "Qwen3ForCausalLM" {
+            add("self_attn.q_norm.weight", &[d]);
+            add("self_attn.k_norm.weight", &[d]);
+        }
+        for (name, n_out, n_in) in [("gate", i, h), ("up", i, h), ("down", h, i)] {
+            add(&format!("mlp.{name}_proj.weight"), &[n_out, n_in]);
+        }
+        add("input_layernorm.weight", &[h]);
+        add("post_attention_layernorm.weight", &[h]);
+    }
+    all.push(("model.norm.weight".to_owned(), vec![h]));
+    all.push(("lm_head.weight".to_owned(), vec![v, h]));
+    all
+}
+
+/// Writes a folder with random float32 weights.
+pub(crate) fn write(folder: &Path, config: &Value, tensors: &[(String, Vec<usize>)]) {
+    fs_err::write(folder.join("config.json"), config.to_string()).expect("config.json is written");
+    let mut lcg = Lcg::new(7);
+    let bytes: Vec<Vec<u8>> = tensors
+        .iter()
+        .map(|(name, shape)| {
+            let (n, is_norm) = (shape.iter().product(), name.contains("norm"));
+            let values = lcg.normals(n, if is_norm { 0.1 } else { 0.25 });
+            values.iter().flat_map(|v| (v + f32::from(u8::from(is_norm))).to_le_bytes()).collect()
+        })
+        .collect();
+    let views = tensors.iter().zip(&bytes).map(|((name, shape), bytes)| {
+        (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).expect("a view"))
+    });
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors"))
+        .expect("weights are written");
+}
+
+/// A small target in a folder of its own.
+pub(crate) fn target(architecture: &str, extra: &Value) -> Target {
+    let dir = specforge_testkit::tempdir();
+    let config = config(architecture, extra);
+    write(dir.path(), &config, &tensors(&config));
+    Target::load(dir.path(), Device::Cpu, None).expect("a sound folder")
+}
+
+/// Everything: all layers and the last hidden state.
+pub(crate) fn all(target: &Target) -> Capture {
+    Capture { layers: (0..target.info().n_layers).collect(), last_hidden: true }
+}
+
+/// Random tokens.
+pub(crate) fn tokens(seed: u64, n: usize) -> Vec<u32> {
+    let mut lcg = Lcg::new(seed);
+    (0..n).map(|_| lcg.below(VOCAB) as u32).collect()
+}
+
+/// The architectures under test, with what is special about each switched on.
+pub(crate) fn kinds() -> Vec<(&'static str, Value)> {
+    let window = json!({ "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1 });
+    let long = json!({ "rope_scaling": { "type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3],
+                                         "long_factor": [2.0, 3.0, 4.0, 5.0],
+                                         "original_max_position_embeddings": 12 } });
+    vec![
+        ("LlamaForCausalLM", json!({})),
+        ("LlamaForCausalLM", long),
+        ("Qwen2ForCausalLM", window.clone()),
+        ("Qwen3ForCausalLM", json!({})),
+        ("Qwen3ForCausalLM", window),
+    ]
+}

@@ -1,0 +1,177 @@
+//! The reference cases of `targets/`: every hidden state, the final norm, logits, and cached decoding.
+
+use std::path::Path;
+
+use serde_json::Value;
+use specforge_models::{Capture, Error, KvCache, Target, TargetInfo};
+use specforge_tensor::{Device, Tensor};
+use specforge_testkit::{Tensors, assert_close, case_json, golden_cases};
+
+/// One case with one of its two configurations.
+struct Case {
+    name: String,
+    facts: Value,
+    expected: Tensors,
+    target: Target,
+    rows: Vec<Vec<u32>>,
+}
+
+#[test]
+fn golden_targets() {
+    for (name, folder) in golden_cases("targets/") {
+        if let Err(error @ (Error::Architecture { .. } | Error::Setting { .. })) = TargetInfo::read(&folder) {
+            assert_not_an_oversight(&name, &error);
+            println!("not known: {name}: {error}");
+            continue;
+        }
+        for config in ["config.json", "config.v5.json"] {
+            let case = Case::load(&format!("{name} {config}"), &folder, config);
+            case.forward();
+            case.single();
+            case.long();
+            case.greedy();
+        }
+    }
+}
+
+/// A case may be unknown for its architecture or its quantisation, and for nothing else.
+fn assert_not_an_oversight(name: &str, error: &Error) {
+    if let Error::Setting { key, .. } = error {
+        assert_eq!(key, "quantization_config", "{name}: {error}");
+    }
+}
+
+impl Case {
+    fn load(name: &str, folder: &Path, config: &str) -> Self {
+        let dir = specforge_testkit::tempdir();
+        for entry in fs_err::read_dir(folder).unwrap().map(Result::unwrap) {
+            let file = entry.file_name().into_string().unwrap();
+            if file.starts_with("model") {
+                fs_err::copy(entry.path(), dir.path().join(file)).unwrap();
+            }
+        }
+        fs_err::copy(folder.join(config), dir.path().join("config.json")).unwrap();
+        let target =
+            Target::load(dir.path(), Device::Cpu, None).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let expected = Tensors::read(folder.join("expected.safetensors"));
+        let rows = rows(&expected);
+        Self { name: name.to_owned(), facts: case_json(folder), expected, target, rows }
+    }
+
+    /// Compares by the tolerance of `kind`: element by element, or for bfloat16 references by the root mean square
+    /// of the distance to the float32 values.
+    fn check(&self, kind: &str, tensor: &str, got: &[f32], select: impl Fn(&[usize], Vec<f32>) -> Vec<f32>) {
+        let what = format!("{}: {tensor}", self.name);
+        let tolerance = &self.facts["tolerance"][kind];
+        let Some(ratio) = tolerance["rms_ratio"].as_f64() else {
+            let Some(atol) = tolerance["atol"].as_f64() else { return };
+            let (shape, want) = self.expected.f32(tensor);
+            let rtol = tolerance["rtol"].as_f64().expect("rtol") as f32;
+            assert_close(&what, got, &select(shape, want), atol as f32, rtol);
+            return;
+        };
+        let name = format!("float32.{tensor}");
+        if !self.expected.contains(&name) {
+            return;
+        }
+        let (shape, want) = self.expected.f32(&name);
+        let want = select(shape, want);
+        assert_eq!(got.len(), want.len(), "{what}");
+        let squares: f64 = got.iter().zip(&want).map(|(g, w)| f64::from(g - w).powi(2)).sum();
+        let rms = (squares / got.len() as f64).sqrt();
+        let limit = ratio * self.facts["bfloat16_error_against_float32"][kind]["rms"].as_f64().expect("rms");
+        assert!(rms <= limit, "{what}: rms {rms:e}, at most {limit:e}");
+    }
+
+    fn documents(&self) -> Vec<&[u32]> {
+        self.rows.iter().map(Vec::as_slice).collect()
+    }
+
+    /// All rows packed: the embedding, every layer's output, and the final norm.
+    fn forward(&self) {
+        let n = self.target.info().n_layers;
+        let all = Capture { layers: (0..n).collect(), last_hidden: true };
+        let captured = self.target.forward(&self.documents(), &all).unwrap();
+        let tokens = Tensor::from_u32(Device::Cpu, self.rows.concat());
+        let embedded = Device::Cpu.kernels().gather_rows(self.target.embedding(), &tokens);
+        let h = self.target.info().hidden_size;
+        let states = captured.hidden_states.f32s();
+        for i in 0..=n {
+            let got = if i == 0 { embedded.to_f32() } else { columns(&states, n * h, (i - 1) * h, h) };
+            self.check("hidden_states", "padded.hidden_states", &got, |shape, want| {
+                let layer = shape[1..].iter().product::<usize>();
+                valid(&shape[1..], &want[i * layer..][..layer], &self.rows)
+            });
+        }
+        let last = captured.last_hidden.unwrap().to_f32();
+        self.check("final_norm", "padded.final_norm", &last, |shape, want| valid(shape, &want, &self.rows));
+    }
+
+    /// The second row alone: EAGLE3's capture, the final norm, and the logits.
+    fn single(&self) {
+        let aux = &self.facts["aux"]["zero_based_layer_outputs"];
+        let layers: Vec<usize> = serde_json::from_value(aux.clone()).unwrap();
+        if aux == &serde_json::json!(Capture::eagle3_default(self.target.info().n_layers).unwrap().layers) {
+            assert_eq!(layers.len(), 3, "{}", self.name);
+        }
+        let captured = self.target.forward(&[&self.rows[1]], &Capture { layers, last_hidden: true }).unwrap();
+        let last = captured.last_hidden.unwrap();
+        let same = |_: &[usize], want| want;
+        self.check("hidden_states", "single.1.aux", &captured.hidden_states.f32s(), same);
+        self.check("final_norm", "single.1.final_norm", &last.f32s(), same);
+        self.check("logits", "single.1.logits", &self.target.logits(&last).unwrap().f32s(), same);
+    }
+
+    fn long(&self) {
+        let tokens: Vec<u32> = self.expected.i64("long.input_ids").1.iter().map(|&t| t as u32).collect();
+        let capture = Capture { layers: vec![], last_hidden: true };
+        let last = self.target.forward(&[&tokens], &capture).unwrap().last_hidden.unwrap();
+        self.check("long.final_norm", "long.final_norm", &last.f32s(), |_, want| want);
+    }
+
+    /// Greedy continuation with a cache.
+    fn greedy(&self) {
+        let greedy = &self.facts["greedy"];
+        let row = greedy["prompt"]["row"].as_u64().unwrap() as usize;
+        let len = greedy["prompt"]["len"].as_u64().unwrap() as usize;
+        let (shape, expected) = self.expected.f32("greedy.logits");
+        let mut next = self.rows[row][..len].to_vec();
+        let mut cache = KvCache::new(&self.target, len + shape[0]);
+        let capture = Capture { layers: vec![], last_hidden: true };
+        let (mut tokens, mut all) = (Vec::new(), Vec::new());
+        for _ in 0..shape[0] {
+            let last = self.target.extend(&mut cache, &next, None, &capture).unwrap().last_hidden.unwrap();
+            let logits = self.target.logits(&last).unwrap().to_f32();
+            let logits = &logits[logits.len() - shape[1]..];
+            let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+            all.extend_from_slice(logits);
+            tokens.push(best as i64);
+            next = vec![best as u32];
+        }
+        // A bfloat16 reference may legitimately continue otherwise.
+        if self.facts["tolerance"]["logits"]["rms_ratio"].is_null() {
+            assert_eq!(tokens, self.expected.i64("greedy.tokens").1, "{}", self.name);
+            self.check("logits", "greedy.logits", &all, |_, _| expected.clone());
+        }
+    }
+}
+
+/// The batch without its padding.
+fn rows(expected: &Tensors) -> Vec<Vec<u32>> {
+    let (shape, ids) = expected.i64("input_ids");
+    let mask = expected.i64("attention_mask").1;
+    let len = shape[1];
+    let valid =
+        |r: usize| (r * len..(r + 1) * len).filter(|&at| mask[at] == 1).map(|at| ids[at] as u32).collect();
+    (0..shape[0]).map(valid).collect()
+}
+
+/// The rows of a padded `[B, S, H]` that are no padding.
+fn valid(shape: &[usize], values: &[f32], rows: &[Vec<u32>]) -> Vec<f32> {
+    let (s, h) = (shape[1], shape[2]);
+    rows.iter().enumerate().flat_map(|(b, row)| values[b * s * h..][..row.len() * h].to_vec()).collect()
+}
+
+fn columns(values: &[f32], width: usize, start: usize, n: usize) -> Vec<f32> {
+    values.chunks_exact(width).flat_map(|row| row[start..start + n].to_vec()).collect()
+}
