@@ -26,15 +26,18 @@ def answer(model, tokenizer, prompts, device):
     ids = torch.zeros(len(encoded), int(length.max()) + LONGEST_ANSWER, dtype=torch.long, device=device)
     for row, tokens in zip(ids, encoded):
         row[: len(tokens)] = torch.tensor(tokens)
-    at, rows, done = length.clone(), torch.arange(len(encoded), device=device), torch.zeros_like(length, dtype=torch.bool)
+    at, live = length.clone(), torch.arange(len(encoded), device=device)
     for _ in range(LONGEST_ANSWER):
-        states = model.features(ids[:, : int(at.max())])[-1]
-        chosen = model.head(states[rows, at - 1]).argmax(-1)
-        ids[rows, at] = torch.where(done, ids[rows, at], chosen)
-        done |= chosen == END
-        at = torch.where(done, at, at + 1)
-        if done.all():
+        ends = at[live]
+        states = model.features(ids[live, : int(ends.max())])[-1]
+        chosen = model.head(states[torch.arange(len(live), device=device), ends - 1]).argmax(-1)
+        ids[live, ends] = chosen
+        live = live[chosen != END]
+        at[live] += 1
+        if not len(live):
             break
+    done = torch.ones_like(length, dtype=torch.bool)
+    done[live] = False
     texts = [tokenizer.decode(i[s:e].tolist(), skip_special_tokens=False) for i, s, e in zip(ids.cpu(), length, at)]
     return [text if ok else None for text, ok in zip(texts, done.tolist())]
 

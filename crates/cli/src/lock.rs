@@ -22,6 +22,8 @@ pub(crate) fn take(folder: &Path) -> Result<RunLock> {
             "{}: another run works in this folder; wait for it to end, or give this run another name (--set name=...)",
             folder.display()
         ),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("{}: cannot be locked", path.display())),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("{}: cannot be locked", path.display()))
+        }
     }
 }

@@ -51,7 +51,9 @@ fn main() -> ExitCode {
             ExitCode::from(1)
         }
         Err(_) => {
-            eprintln!("error: this is a failure of specforge, not of your input; please report it with the lines above");
+            eprintln!(
+                "error: this is a failure of specforge, not of your input; please report it with the lines above"
+            );
             ExitCode::from(2)
         }
     }

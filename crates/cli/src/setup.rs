@@ -66,7 +66,11 @@ fn storage(plan: &RunPlan) -> Result<Option<DType>> {
         TargetDType::F16 => Some(DType::F16),
         TargetDType::Auto => {
             let weights = Weights::open(&plan.target.path)?;
-            let elements: usize = weights.names().filter_map(|n| weights.get(n)).map(|v| v.shape.iter().product::<usize>()).sum();
+            let elements: usize = weights
+                .names()
+                .filter_map(|n| weights.get(n))
+                .map(|v| v.shape.iter().product::<usize>())
+                .sum();
             let fits = available_memory().is_none_or(|free| (elements as u64) * 4 < free / 2);
             fits.then_some(DType::F32)
         }
@@ -113,7 +117,11 @@ pub(crate) fn draft(
         Some(size) => {
             let counts = TokenCounts::of(info.vocab_size, data.rows())?;
             let map = specforge_data::VocabMap::build(&counts, size, Unseen::Refuse)?;
-            eprintln!("draft     {size} of {} tokens cover {:.2} % of the supervised text", info.vocab_size, 100.0 * map.coverage(&counts));
+            eprintln!(
+                "draft     {size} of {} tokens cover {:.2} % of the supervised text",
+                info.vocab_size,
+                100.0 * map.coverage(&counts)
+            );
             VocabMap::from_offsets(&map.d2t, info.vocab_size)?
         }
     };
@@ -129,7 +137,12 @@ pub(crate) fn capture_dtype(plan: &RunPlan) -> DType {
 }
 
 /// What a store for this plan is made of.
-pub(crate) fn store_spec(plan: &RunPlan, info: &TargetInfo, capture: &Capture, data: &Prepared) -> Result<Spec> {
+pub(crate) fn store_spec(
+    plan: &RunPlan,
+    info: &TargetInfo,
+    capture: &Capture,
+    data: &Prepared,
+) -> Result<Spec> {
     let config = fs_err::read(plan.target.path.join("config.json"))?;
     let target = TargetIdentity {
         path: plan.target.path.display().to_string(),
@@ -155,7 +168,12 @@ pub(crate) fn store_spec(plan: &RunPlan, info: &TargetInfo, capture: &Capture, d
 }
 
 /// Prompts for decoding: the file's, or what comes before the first answer of held-out rows.
-pub(crate) fn prompts(plan: &RunPlan, held_out: &[usize], data: &Prepared, most: usize) -> Result<Vec<Vec<u32>>> {
+pub(crate) fn prompts(
+    plan: &RunPlan,
+    held_out: &[usize],
+    data: &Prepared,
+    most: usize,
+) -> Result<Vec<Vec<u32>>> {
     if let Some(file) = &plan.eval.prompts {
         return prompts_from(plan, file, most);
     }

@@ -22,7 +22,8 @@ impl Progress {
     /// Work called `name`, counted in things that `unit` formats: `bytes` or plain numbers.
     pub(crate) fn new(name: &'static str, bytes: bool) -> Self {
         let (done, total) = if bytes { ("{bytes}", "{total_bytes}") } else { ("{pos}", "{len}") };
-        let template = format!("{{prefix:<10}} {{bar:24}} {done}/{total}  {{elapsed}} (eta {{eta}})  {{msg}}");
+        let template =
+            format!("{{prefix:<10}} {{bar:24}} {done}/{total}  {{elapsed}} (eta {{eta}})  {{msg}}");
         let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = ProgressBar::new(0).with_style(style).with_prefix(name);
         Self { bar, name, terminal: std::io::stderr().is_terminal(), last_line: Cell::new(Instant::now()) }

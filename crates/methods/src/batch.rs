@@ -100,7 +100,8 @@ impl Batch {
             }
             end = bounds.end;
         }
-        let parts = [("documents", end), ("loss mask", self.loss_mask.len()), ("positions", self.positions.len())];
+        let parts =
+            [("documents", end), ("loss mask", self.loss_mask.len()), ("positions", self.positions.len())];
         for (what, n) in parts {
             if n != t {
                 return Err(Error::Batch(format!("{what} cover {n} tokens, expected {t}")));
@@ -108,7 +109,9 @@ impl Batch {
         }
         if self.hidden_states.shape() != [t, hidden_width] {
             let got = self.hidden_states.shape();
-            return Err(Error::Batch(format!("hidden states have shape {got:?}, expected [{t}, {hidden_width}]")));
+            return Err(Error::Batch(format!(
+                "hidden states have shape {got:?}, expected [{t}, {hidden_width}]"
+            )));
         }
         Ok(())
     }

@@ -134,7 +134,8 @@ impl Config {
         // The last layer's output is never captured by serving engines (sglang-contract: capture at layer entry).
         let ascending = layers.windows(2).all(|w| w[0] < w[1]);
         if layers.len() != 3 || !ascending || layers[2] + 1 >= target.n_layers {
-            let reason = format!("expected three ascending layers below {}", target.n_layers.saturating_sub(1));
+            let reason =
+                format!("expected three ascending layers below {}", target.n_layers.saturating_sub(1));
             return Err(config_error("capture-layers", format!("{layers:?}"), reason));
         }
         Ok(Capture { layers: layers.clone(), last_hidden: true })
@@ -144,7 +145,9 @@ impl Config {
         match self.objective {
             ObjectiveName::Kl => Objective::Kl,
             ObjectiveName::LkAlpha => Objective::LkAlpha,
-            ObjectiveName::LkLambda => Objective::LkLambda { kl_scale: self.kl_scale, kl_decay: self.kl_decay },
+            ObjectiveName::LkLambda => {
+                Objective::LkLambda { kl_scale: self.kl_scale, kl_decay: self.kl_decay }
+            }
         }
     }
 
@@ -392,7 +395,17 @@ impl Eagle3 {
         let teacher_head = Tape::inference(params).gather_rows(&head, &kept)?.value().clone();
         let rope = RopeTables::new(dims.rope.clone(), device);
         let modules = Modules::find(params, &dims)?;
-        Ok(Self { config: config.clone(), dims, capture, vocab, modules, teacher_head, rope, head_norm: true, all_rows_live: false })
+        Ok(Self {
+            config: config.clone(),
+            dims,
+            capture,
+            vocab,
+            modules,
+            teacher_head,
+            rope,
+            head_norm: true,
+            all_rows_live: false,
+        })
     }
 
     fn attention_shape(&self) -> AttentionShape {
@@ -519,7 +532,8 @@ impl Eagle3 {
                 let (t, v) = logits.rows_cols();
                 // Columns of the draft vocabulary: rows of the transpose.
                 let values = logits.f32s();
-                let kept = (0..t).flat_map(|r| self.vocab.target_ids().iter().map(move |&c| r * v + c as usize));
+                let kept =
+                    (0..t).flat_map(|r| self.vocab.target_ids().iter().map(move |&c| r * v + c as usize));
                 let pruned: Vec<f32> = kept.map(|i| values[i]).collect();
                 let rows = Tensor::from_f32(logits.device(), pruned, &[t, self.vocab.len()])?;
                 let rows = tape.input(rows).value().clone();
@@ -666,20 +680,26 @@ impl DraftMethod for Eagle3 {
         let longest = batch.positions.iter().max().map_or(0, |&p| p as usize + 1);
         if longest > self.dims.max_position_embeddings {
             let limit = self.dims.max_position_embeddings;
-            return Err(Error::Batch(format!("position {} is beyond max_position_embeddings {limit}", longest - 1)));
+            return Err(Error::Batch(format!(
+                "position {} is beyond max_position_embeddings {limit}",
+                longest - 1
+            )));
         }
         let teacher = self.teacher(&batch.teacher)?;
         let plan = Plan::new(self, batch, &teacher.argmax);
         // 2. The steps.
         let x = self.unroll(tape, batch, &plan)?;
         // 3. Head and loss, fused.
-        let group_weight: Vec<f64> = (0..self.config.ttt_steps).map(|i| self.config.step_decay.powi(i as i32)).collect();
+        let group_weight: Vec<f64> =
+            (0..self.config.ttt_steps).map(|i| self.config.step_decay.powi(i as i32)).collect();
         let stats = tape.soft_target_loss(&SoftTargetLoss {
             x: &x,
             head: self.modules.lm_head,
             teacher: match teacher.logits {
                 true => specforge_tensor::Teacher::Logits(&teacher.rows),
-                false => specforge_tensor::Teacher::Hidden { hidden: &teacher.rows, head: &self.teacher_head },
+                false => {
+                    specforge_tensor::Teacher::Hidden { hidden: &teacher.rows, head: &self.teacher_head }
+                }
             },
             logsumexp: &teacher.logsumexp,
             rows: &plan.rows,
@@ -723,7 +743,10 @@ impl Eagle3 {
         for ((&group, &draft), &best) in plan.rows.group.iter().zip(argmax).zip(&plan.best) {
             correct[group as usize] += f64::from(u8::from(self.vocab.target_ids()[draft as usize] == best));
         }
-        let metric = |name, value: &dyn Fn(usize) -> Ratio| Metric { name, values: (0..groups.len()).map(value).collect() };
+        let metric = |name, value: &dyn Fn(usize) -> Ratio| Metric {
+            name,
+            values: (0..groups.len()).map(value).collect(),
+        };
         let objective = groups.iter().zip(group_weight).map(|(g, w)| g.loss * w).sum();
         Loss {
             objective: Ratio { sum: objective, weight },
@@ -735,4 +758,3 @@ impl Eagle3 {
         }
     }
 }
-

@@ -27,7 +27,9 @@ pub fn constant(device: Device, shape: &[usize], value: f32) -> Result<Tensor> {
 /// A random stream of its own for a seed and a name: the same on every machine.
 pub fn stream(seed: u64, name: &str) -> ChaCha8Rng {
     let mut key = [0; 32];
-    key.copy_from_slice(blake3::Hasher::new().update(&seed.to_le_bytes()).update(name.as_bytes()).finalize().as_bytes());
+    key.copy_from_slice(
+        blake3::Hasher::new().update(&seed.to_le_bytes()).update(name.as_bytes()).finalize().as_bytes(),
+    );
     ChaCha8Rng::from_seed(key)
 }
 
@@ -37,7 +39,8 @@ mod tests {
 
     #[test]
     fn normal_has_the_asked_moments_and_depends_on_name_and_seed() {
-        let draw = |seed, name| normal(Device::Cpu, &[100, 101], 0.02, seed, name).expect("a weight").to_f32();
+        let draw =
+            |seed, name| normal(Device::Cpu, &[100, 101], 0.02, seed, name).expect("a weight").to_f32();
         let x = draw(1, "a");
         let mean = x.iter().map(|&v| f64::from(v)).sum::<f64>() / x.len() as f64;
         let var = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / x.len() as f64;

@@ -34,17 +34,40 @@ const KINDS: [&str; 7] = ["default", "linear", "dynamic", "llama3", "yarn", "lon
 enum Kind {
     Default,
     /// Positions divided by a factor (Chen et al., 2023).
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// NTK-aware base that grows with the sequence once it passes the trained length.
-    Dynamic { factor: f64 },
+    Dynamic {
+        factor: f64,
+    },
     /// Llama 3.1: low frequencies scaled, high ones kept, a ramp between.
-    Llama3 { factor: f64, low: f64, high: f64, original: f64 },
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original: f64,
+    },
     /// YaRN (Peng et al., 2023).
-    Yarn { factor: f64, original: f64, beta_fast: f64, beta_slow: f64, truncate: bool, attention: f64 },
+    Yarn {
+        factor: f64,
+        original: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        truncate: bool,
+        attention: f64,
+    },
     /// LongRoPE (Ding et al., 2024): one factor per frequency, for short and for long sequences.
-    LongRope { short: Vec<f64>, long: Vec<f64>, original: f64, attention: f64 },
+    LongRope {
+        short: Vec<f64>,
+        long: Vec<f64>,
+        original: f64,
+        attention: f64,
+    },
     /// Three position axes, each with a section of the frequencies; text has all three alike.
-    Mrope { sections: Vec<usize> },
+    Mrope {
+        sections: Vec<usize>,
+    },
 }
 
 /// The rotary settings of one model.
@@ -73,15 +96,29 @@ impl Settings<'_> {
         value.ok_or_else(|| self.error(key, format!("expected a positive number, got {}", self.scaling[key])))
     }
 
-    fn or(&self, key: &str, default: f64) -> f64 {
-        self.scaling[key].as_f64().unwrap_or(default)
+    /// A number that may be missing or null, but not of another type.
+    fn or(&self, key: &'static str, default: f64) -> Result<f64, Error> {
+        number(self.kind, self.scaling, key).map(|found| found.unwrap_or(default))
     }
 
     fn list(&self, key: &'static str, len: usize) -> Result<Vec<f64>, Error> {
-        let list: Option<Vec<f64>> = self.scaling[key].as_array().and_then(|a| a.iter().map(Value::as_f64).collect());
+        let list: Option<Vec<f64>> =
+            self.scaling[key].as_array().and_then(|a| a.iter().map(Value::as_f64).collect());
         let got = list.as_ref().map_or(0, Vec::len);
-        list.filter(|l| l.len() == len).ok_or_else(|| self.error(key, format!("expected {len} numbers, got {got}")))
+        list.filter(|l| l.len() == len)
+            .ok_or_else(|| self.error(key, format!("expected {len} numbers, got {got}")))
     }
+}
+
+/// The number under `key`, if it is there.
+fn number(kind: &str, table: &Value, key: &'static str) -> Result<Option<f64>, Error> {
+    let value = &table[key];
+    let found = value.as_f64().filter(|v| *v >= 0.0 && v.is_finite());
+    if found.is_none() && !value.is_null() {
+        let reason = format!("expected a number, got {value}");
+        return Err(Error::Value { kind: kind.to_owned(), key, reason });
+    }
+    Ok(found)
 }
 
 impl RopeConfig {
@@ -90,15 +127,32 @@ impl RopeConfig {
         let modern = &config["rope_parameters"];
         let scaling = if modern.is_object() { modern } else { &config["rope_scaling"] };
         let kind = scaling["rope_type"].as_str().or_else(|| scaling["type"].as_str()).unwrap_or("default");
-        let partial = |v: &Value| v["partial_rotary_factor"].as_f64();
-        let partial = partial(scaling).or_else(|| partial(config)).unwrap_or(1.0);
-        let theta = scaling["rope_theta"].as_f64().or_else(|| config["rope_theta"].as_f64()).unwrap_or(10_000.0);
+        if let Some((layers, _)) =
+            scaling.as_object().into_iter().flatten().find(|(_, value)| value.is_object())
+        {
+            let reason = format!("settings per kind of layer ({layers}) are not supported");
+            return Err(Error::Value { kind: kind.to_owned(), key: "rope_parameters", reason });
+        }
+        let either = |key| Ok::<_, Error>(number(kind, scaling, key)?.or(number(kind, config, key)?));
+        let partial = either("partial_rotary_factor")?.unwrap_or(1.0);
+        let theta = either("rope_theta")?.unwrap_or(10_000.0);
         let max = config["max_position_embeddings"].as_u64().unwrap_or(2048) as usize;
         // Sections without a type of their own are older Qwen-VL configurations.
         let kind = if kind == "default" && scaling["mrope_section"].is_array() { "mrope" } else { kind };
-        let rotary_dim = (head_dim as f64 * partial) as usize / 2 * 2;
         let settings = Settings { kind, scaling };
-        let original = settings.or("original_max_position_embeddings", max as f64);
+        let rotary_dim = (head_dim as f64 * partial) as usize;
+        if partial > 1.0 || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+            let reason = format!(
+                "expected a share of head_dim = {head_dim} with an even number of elements, got {partial}"
+            );
+            return Err(settings.error("partial_rotary_factor", reason));
+        }
+        // As transformers has it: beside the table it counts before one in it (Phi-3 writes it there).
+        let trained = "original_max_position_embeddings";
+        let original = match number(kind, config, trained)? {
+            Some(beside) => beside,
+            None => settings.or(trained, max as f64)?,
+        };
         let kind = parse(&settings, original, max as f64, rotary_dim)?;
         Ok(Self { theta, rotary_dim, max_position_embeddings: max, kind })
     }
@@ -142,9 +196,12 @@ impl RopeConfig {
 
     /// Share of interpolation per frequency.
     fn yarn_ramp(&self) -> Vec<f32> {
-        let Kind::Yarn { original, beta_fast, beta_slow, truncate, .. } = self.kind else { return Vec::new() };
+        let Kind::Yarn { original, beta_fast, beta_slow, truncate, .. } = self.kind else {
+            return Vec::new();
+        };
         let d = self.rotary_dim as f64;
-        let dim = |turns: f64| d * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * self.theta.ln());
+        let dim =
+            |turns: f64| d * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * self.theta.ln());
         let (low, high) = (dim(beta_fast), dim(beta_slow));
         let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
         let (low, high) = (low.max(0.0), high.min(d - 1.0));
@@ -164,8 +221,9 @@ impl RopeConfig {
     /// has them (the kinds `dynamic` and `longrope` depend on it).
     pub fn tables(&self, device: Device, n_positions: usize, seq_len: usize) -> (Tensor, Tensor) {
         let freq = self.inverse_frequencies(seq_len);
-        let angles = (0..n_positions).flat_map(|p| freq.iter().map(move |f| p as f32 * f)).collect();
-        self.cos_sin(device, angles, n_positions)
+        let angles =
+            (0..n_positions).flat_map(|p| freq.iter().map(move |f| p as f32 * f)).collect::<Vec<f32>>();
+        self.cos_sin(device, &angles, n_positions)
     }
 
     /// Cos and sin of rows that each have a position on three axes: `[rows, half]`. Kinds other than `mrope` take the
@@ -177,11 +235,13 @@ impl RopeConfig {
             let mut end = 0;
             sections.iter().position(|n| (end += n, j < end).1).unwrap_or(0).min(2)
         };
-        let angle = |p: &[u32; 3]| -> Vec<f32> { freq.iter().enumerate().map(|(j, f)| p[axis(j)] as f32 * f).collect() };
-        self.cos_sin(device, positions.iter().flat_map(angle).collect(), positions.len())
+        let angle = |p: &[u32; 3]| -> Vec<f32> {
+            freq.iter().enumerate().map(|(j, f)| p[axis(j)] as f32 * f).collect()
+        };
+        self.cos_sin(device, &positions.iter().flat_map(angle).collect::<Vec<f32>>(), positions.len())
     }
 
-    fn cos_sin(&self, device: Device, angles: Vec<f32>, rows: usize) -> (Tensor, Tensor) {
+    fn cos_sin(&self, device: Device, angles: &[f32], rows: usize) -> (Tensor, Tensor) {
         let scale = self.attention_factor();
         let table = |f: fn(f32) -> f32| {
             let values = angles.iter().map(|&a| f(a) * scale).collect();
@@ -203,24 +263,28 @@ fn parse(s: &Settings<'_>, original: f64, max: f64, rotary_dim: usize) -> Result
             original,
         },
         "yarn" => {
-            let factor = s.required("factor")?;
-            let attention = s.or("attention_factor", yarn_attention(s, factor));
-            let (beta_fast, beta_slow) = (s.or("beta_fast", 32.0), s.or("beta_slow", 1.0));
+            let factor = if s.scaling["factor"].is_null() { max / original } else { s.required("factor")? };
+            let attention = s.or("attention_factor", yarn_attention(s, factor)?)?;
+            let (beta_fast, beta_slow) = (s.or("beta_fast", 32.0)?, s.or("beta_slow", 1.0)?);
             let truncate = s.scaling["truncate"].as_bool().unwrap_or(true);
             Kind::Yarn { factor, original, beta_fast, beta_slow, truncate, attention }
         }
         "longrope" | "su" => {
-            let factor = s.or("factor", max / original);
+            let factor = s.or("factor", max / original)?;
             let plain = if factor > 1.0 { (1.0 + factor.ln() / original.ln()).sqrt() } else { 1.0 };
             Kind::LongRope {
                 short: s.list("short_factor", rotary_dim / 2)?,
                 long: s.list("long_factor", rotary_dim / 2)?,
                 original,
-                attention: s.or("attention_factor", plain),
+                attention: s.or("attention_factor", plain)?,
             }
         }
         "mrope" => {
             let sections = s.list("mrope_section", 3)?;
+            let (sum, half) = (sections.iter().sum::<f64>(), rotary_dim as f64 / 2.0);
+            if sum != half {
+                return Err(s.error("mrope_section", format!("expected the sum {half}, got {sum}")));
+            }
             Kind::Mrope { sections: sections.into_iter().map(|n| n as usize).collect() }
         }
         other => return Err(Error::Kind { got: other.to_owned() }),
@@ -228,10 +292,10 @@ fn parse(s: &Settings<'_>, original: f64, max: f64, rotary_dim: usize) -> Result
 }
 
 /// `m(mscale) / m(mscale_all_dim)` with `m(x) = 0.1 x ln(factor) + 1`, or `m(1)` unless both are given.
-fn yarn_attention(s: &Settings<'_>, factor: f64) -> f64 {
+fn yarn_attention(s: &Settings<'_>, factor: f64) -> Result<f64, Error> {
     let m = |scale: f64| if factor > 1.0 { 0.1 * scale * factor.ln() + 1.0 } else { 1.0 };
-    let (mscale, all) = (s.or("mscale", 0.0), s.or("mscale_all_dim", 0.0));
-    if mscale != 0.0 && all != 0.0 { m(mscale) / m(all) } else { m(1.0) }
+    let (mscale, all) = (s.or("mscale", 0.0)?, s.or("mscale_all_dim", 0.0)?);
+    Ok(if mscale != 0.0 && all != 0.0 { m(mscale) / m(all) } else { m(1.0) })
 }
 
 fn llama3(freq: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
@@ -261,7 +325,8 @@ impl RopeTables {
         Self { config, device, tables }
     }
 
-    /// Cos and sin of at least `n_positions` rows.
+    /// Cos and sin of at least `n_positions` rows, with the frequencies of the longest sequence: what a row holds
+    /// must not depend on what was asked for before.
     pub fn up_to(&self, n_positions: usize) -> (Tensor, Tensor) {
         let read = || self.tables.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let tables = read();
@@ -269,7 +334,7 @@ impl RopeTables {
             return tables;
         }
         let rows = n_positions.next_power_of_two();
-        let grown = self.config.tables(self.device, rows, n_positions.min(self.config.max_position_embeddings));
+        let grown = self.config.tables(self.device, rows, self.config.max_position_embeddings);
         *self.tables.write().unwrap_or_else(std::sync::PoisonError::into_inner) = grown.clone();
         grown
     }
@@ -285,7 +350,8 @@ mod tests {
     fn config(case: &Value) -> RopeConfig {
         let mut config = case.clone();
         config["max_position_embeddings"] = case.get("max_position_embeddings").cloned().unwrap_or(json!(64));
-        RopeConfig::from_json(&config, case["head_dim"].as_u64().expect("head_dim") as usize).expect("a known kind")
+        RopeConfig::from_json(&config, case["head_dim"].as_u64().expect("head_dim") as usize)
+            .expect("a known kind")
     }
 
     /// The stored tables repeat each frequency for both halves of the head.
@@ -310,7 +376,13 @@ mod tests {
             let (cos, sin) = rope.tables(Device::Cpu, 48, seq_len);
             for (what, got) in [("cos", cos), ("sin", sin)] {
                 let want = outputs.f32(&format!("{name}.{what}")).1;
-                assert_close(&format!("{name}.{what}"), &got.to_f32(), &first_half(&want, rope.half()), 2e-6, 0.0);
+                assert_close(
+                    &format!("{name}.{what}"),
+                    &got.to_f32(),
+                    &first_half(&want, rope.half()),
+                    2e-6,
+                    0.0,
+                );
             }
         }
     }
@@ -357,9 +429,35 @@ mod tests {
     #[test]
     fn wrong_settings_are_named() {
         for (config, message) in [
-            (json!({"rope_scaling": {"type": "spiral"}}), "rope type \"spiral\" is not known; known are default"),
-            (json!({"rope_scaling": {"type": "linear"}}), "rope linear: factor: expected a positive number, got null"),
-            (json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}), "expected 16 numbers, got 1"),
+            (json!({"rope_theta": "x"}), "rope default: rope_theta: expected a number, got \"x\""),
+            (
+                json!({"partial_rotary_factor": 0.1}),
+                "partial_rotary_factor: expected a share of head_dim = 32",
+            ),
+            (
+                json!({"rope_parameters": {"full_attention": {}}}),
+                "per kind of layer (full_attention) are not supported",
+            ),
+            (
+                json!({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": []}}),
+                "beta_fast: expected a number, got []",
+            ),
+            (
+                json!({"rope_scaling": {"mrope_section": [1, 2, 3]}}),
+                "mrope_section: expected the sum 16, got 6",
+            ),
+            (
+                json!({"rope_scaling": {"type": "spiral"}}),
+                "rope type \"spiral\" is not known; known are default",
+            ),
+            (
+                json!({"rope_scaling": {"type": "linear"}}),
+                "rope linear: factor: expected a positive number, got null",
+            ),
+            (
+                json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}),
+                "expected 16 numbers, got 1",
+            ),
         ] {
             let error = RopeConfig::from_json(&config, 32).expect_err("must be refused").to_string();
             assert!(error.contains(message), "{error}");
@@ -374,5 +472,27 @@ mod tests {
         let long = tables.up_to(100).0.to_f32();
         assert_eq!(long[..16 * 100], rope.tables(Device::Cpu, 100, 100).0.to_f32()[..]);
         assert_eq!(tables.up_to(7).0.rows_cols().0, 128);
+    }
+
+    #[test]
+    fn the_trained_length_may_stand_beside_the_table_and_yarn_may_leave_out_its_factor() {
+        let read = |v: Value| RopeConfig::from_json(&v, 32).expect("a known kind");
+        let inside = json!({"max_position_embeddings": 64,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}});
+        let beside = json!({"max_position_embeddings": 64, "original_max_position_embeddings": 16,
+            "rope_scaling": {"type": "yarn", "factor": null}});
+        assert_eq!(read(inside), read(beside));
+    }
+
+    #[test]
+    fn what_was_asked_for_before_changes_no_row() {
+        let scaling = json!({"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [4.0, 2.0],
+            "original_max_position_embeddings": 8});
+        let config = json!({"rope_scaling": scaling, "max_position_embeddings": 32});
+        let rope = RopeConfig::from_json(&config, 4).expect("longrope");
+        let tables = RopeTables::new(rope, Device::Cpu);
+        let before = tables.up_to(4).0.to_f32();
+        tables.up_to(20);
+        assert_eq!(tables.up_to(4).0.to_f32()[..before.len()], before[..]);
     }
 }

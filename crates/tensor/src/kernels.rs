@@ -143,7 +143,14 @@ pub trait Kernels: Debug + Sync {
     ) -> Tensor;
     /// Rotates the first `2 * half` elements of every head, pairing j with j + half; cos and sin are
     /// `[P, half]` tables, a row's position picks the row. `inverse` rotates back.
-    fn rope(&self, x: &Tensor, head_dim: usize, tables: (&Tensor, &Tensor), positions: &Tensor, inverse: bool) -> Tensor;
+    fn rope(
+        &self,
+        x: &Tensor,
+        head_dim: usize,
+        tables: (&Tensor, &Tensor),
+        positions: &Tensor,
+        inverse: bool,
+    ) -> Tensor;
     /// Attention of R query rows over base keys and extras; the output and its log-sum-exp `[R, n_heads]`.
     fn attention(
         &self,
@@ -186,7 +193,13 @@ pub trait Kernels: Debug + Sync {
     fn logit_stats(&self, logits: &Tensor) -> VocabStats;
     /// The fused head and soft-target loss of draft rows `x [R, H]`, head `[Vd, H]`. The objective's gradient for x
     /// is returned if wanted, that for the head is added to `dhead` if given.
-    fn soft_target_loss(&self, x: &Tensor, head: &Tensor, targets: &SoftTargets<'_>, dhead: Option<&mut Tensor>) -> RowLoss;
+    fn soft_target_loss(
+        &self,
+        x: &Tensor,
+        head: &Tensor,
+        targets: &SoftTargets<'_>,
+        dhead: Option<&mut Tensor>,
+    ) -> RowLoss;
     /// Updates `param` (through `master` where the storage is not float32) and the moments.
     fn adam_step(
         &self,

@@ -33,8 +33,13 @@ mod tests;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use grads::Grads;
-pub use kernels::{AdamStep, AttentionShape, Extra, Kernels, RowLoss, SoftTargets, Spans, TeacherRows, VocabStats};
-pub use ops::{Attention, Collected, GroupLoss, KeyValue, LossRows, LossStats, Objective, SoftTargetLoss, Teacher, Weight};
+pub use kernels::{
+    AdamStep, AttentionShape, Extra, Kernels, RowLoss, SoftTargets, Spans, TeacherRows, VocabStats,
+};
+pub use ops::{
+    Attention, Collected, GroupLoss, KeyValue, LossRows, LossStats, Objective, SoftTargetLoss, Teacher,
+    Weight,
+};
 pub use params::{Param, ParamId, Params};
 pub use tape::{Tape, Var};
 pub use tensor::{DType, Tensor};

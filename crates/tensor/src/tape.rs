@@ -181,10 +181,15 @@ impl<'p> Tape<'p> {
 
     /// As [`Tape::backward_from`]; also the gradients of `leaves`.
     #[cfg(test)]
-    pub(crate) fn backward_to(self, seeds: Vec<(Var, Tensor)>, leaves: &[Var]) -> Result<(Grads, Vec<Tensor>)> {
+    pub(crate) fn backward_to(
+        self,
+        seeds: Vec<(Var, Tensor)>,
+        leaves: &[Var],
+    ) -> Result<(Grads, Vec<Tensor>)> {
         let Sink { by_node, grads, .. } = self.replay(seeds)?;
         let of = |v: &Var| by_node[v.node.expect("a leaf")].clone();
-        let d = leaves.iter().map(|v| of(v).unwrap_or_else(|| Tensor::zeros(v.value.device(), v.value.shape())));
+        let d =
+            leaves.iter().map(|v| of(v).unwrap_or_else(|| Tensor::zeros(v.value.device(), v.value.shape())));
         Ok((grads, d.collect()))
     }
 

@@ -106,7 +106,12 @@ impl Tensor {
             DType::Bf16 => Buffer::Bf16(values.iter().map(|&v| bf16::from_f32(v)).collect()),
             DType::F16 => Buffer::F16(values.iter().map(|&v| f16::from_f32(v)).collect()),
             DType::U32 => {
-                return Err(Error::DType { op: "cast", what: "the new type", expected: "a float type", got: dtype });
+                return Err(Error::DType {
+                    op: "cast",
+                    what: "the new type",
+                    expected: "a float type",
+                    got: dtype,
+                });
             }
         };
         Self::from_buffer(self.device, buffer, &self.shape)

@@ -195,7 +195,8 @@ impl Checkpoints {
             fs_err::remove_dir_all(folder)?;
         }
         fs_err::create_dir_all(folder)?;
-        let draft: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
+        let draft: Vec<_> =
+            params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
         write_safetensors(&folder.join(DRAFT), &draft)?;
         let moments: Vec<_> = optimizer.state(params).iter().map(|(name, t)| file_tensor(name, t)).collect();
         write_safetensors(&folder.join(OPTIMIZER), &moments)?;

@@ -26,7 +26,9 @@ impl Figures {
         self.tokens += tokens as u64;
         for metric in &loss.metrics {
             match self.metrics.iter_mut().find(|(name, _)| *name == metric.name) {
-                Some((_, sums)) => sums.iter_mut().zip(&metric.values).for_each(|(sum, &value)| *sum += value),
+                Some((_, sums)) => {
+                    sums.iter_mut().zip(&metric.values).for_each(|(sum, &value)| *sum += value)
+                }
                 None => self.metrics.push((metric.name, metric.values.clone())),
             }
         }

@@ -157,7 +157,14 @@ impl Trainer<'_> {
             });
             for micro_batches in &steps {
                 let end_of_epoch = self.state.position.epoch_step + 1 == epoch.len() as u64;
-                self.one_step(&batches, micro_batches.len(), end_of_epoch, (log, window), hooks, checkpoints)?;
+                self.one_step(
+                    &batches,
+                    micro_batches.len(),
+                    end_of_epoch,
+                    (log, window),
+                    hooks,
+                    checkpoints,
+                )?;
                 if self.after_step(source, checkpoints, (log, window), hooks)? {
                     return Ok(Outcome::Stopped);
                 }

@@ -65,7 +65,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let frozen = Frozen { embedding: target.embedding().clone(), head: target.head().clone() };
     let (method, params) = draft(args, &plan, &target, &frozen)?;
     let prompts = prompts(&plan)?;
-    let options = Options { sampling: Sampling { seed: args.seed, ..options(&plan).sampling }, ..options(&plan) };
+    let options =
+        Options { sampling: Sampling { seed: args.seed, ..options(&plan).sampling }, ..options(&plan) };
     let progress = Progress::new("eval", false);
     let shown = |done, total| progress.set(done, total);
     let report = specforge_eval::evaluate(&target, method.as_ref(), &params, &prompts, &options, &shown);
@@ -89,7 +90,8 @@ fn override_eval(plan: &mut RunPlan, args: &Args) {
         eval.draft_steps = args.draft_steps.unwrap_or(eval.draft_steps);
         eval.topk = args.topk.unwrap_or(eval.topk);
         // A chain has one token per step and the root; a tree without a budget of its own has room for two branches.
-        let nodes = if eval.topk == 1 { eval.draft_steps + 1 } else { 2 * eval.draft_steps * eval.topk.min(4) };
+        let nodes =
+            if eval.topk == 1 { eval.draft_steps + 1 } else { 2 * eval.draft_steps * eval.topk.min(4) };
         eval.draft_tokens = args.draft_tokens.unwrap_or(nodes);
     }
 }
@@ -115,7 +117,12 @@ fn prompts(plan: &RunPlan) -> Result<Vec<Vec<u32>>> {
     setup::prompts(plan, &held_out, &data, plan.eval.max_prompts)
 }
 
-fn draft(args: &Args, plan: &RunPlan, target: &Target, frozen: &Frozen) -> Result<(Box<dyn DraftMethod>, Params)> {
+fn draft(
+    args: &Args,
+    plan: &RunPlan,
+    target: &Target,
+    frozen: &Frozen,
+) -> Result<(Box<dyn DraftMethod>, Params)> {
     if let Some(folder) = &args.draft {
         return export::load(folder, plan, target.info(), frozen);
     }
@@ -134,7 +141,10 @@ pub(crate) fn checkpoint(plan: &RunPlan, name: &str) -> Result<Checkpoint> {
     }
     let folder = plan.run_dir.join("checkpoints");
     if !folder.exists() {
-        bail!("{}: there is no checkpoint; train first, or name a draft folder with --draft", folder.display());
+        bail!(
+            "{}: there is no checkpoint; train first, or name a draft folder with --draft",
+            folder.display()
+        );
     }
     let checkpoints = Checkpoints::open(folder, 0)?;
     let found = match checkpoints.named(name)? {
@@ -158,10 +168,16 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
     vec![
         ("acceptance length", format!("{:.3}", report.acceptance_length)),
         ("accepted at draft position", positions(&report.acceptance_per_position)),
-        ("prompts, tokens, target calls", format!("{}, {}, {}", report.prompts, report.tokens, report.target_forwards)),
+        (
+            "prompts, tokens, target calls",
+            format!("{}, {}, {}", report.prompts, report.tokens, report.target_forwards),
+        ),
         ("lossless", lossless),
         ("with the draft", speed(report.tokens_per_second)),
         ("without", speed(report.plain_tokens_per_second)),
-        ("speed-up on this machine", report.speedup.map_or("not measured".to_owned(), |s| format!("{s:.2}x"))),
+        (
+            "speed-up on this machine",
+            report.speedup.map_or("not measured".to_owned(), |s| format!("{s:.2}x")),
+        ),
     ]
 }

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use specforge_config::RunPlan;
 use specforge_export::{
-    Eagle3Config, Eagle3Export, Severity, Tensor as FileTensor, WriteOptions, check, read_eagle3, rope_parameters,
+    Eagle3Config, Eagle3Export, Severity, Tensor as FileTensor, WriteOptions, check, read_eagle3,
+    rope_parameters,
 };
 use specforge_methods::{DraftMethod, Frozen, MethodConfig, VocabMap, eagle3};
 use specforge_models::{Capture, TargetInfo};
@@ -80,7 +81,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     options.write.with_embeddings |= args.embeddings;
     options.path = args.output.clone().unwrap_or(options.path);
     let folder = write(&plan, &info, method.as_ref(), &params, &options)?;
-    if args.json { println!("{}", json!({ "export_dir": folder })) } else { println!("{}", folder.display()) }
+    if args.json {
+        println!("{}", json!({ "export_dir": folder }))
+    } else {
+        println!("{}", folder.display())
+    }
     Ok(())
 }
 
@@ -100,7 +105,11 @@ fn run_check(folder: &Path, target: Option<&Path>, as_json: bool) -> Result<()> 
         println!("{verdict}: {} ({} tensors, {} values)", folder.display(), report.tensors, report.elements);
     }
     if errors > 0 {
-        bail!("{}: {errors} of {} problems keep it from being served", folder.display(), report.problems.len());
+        bail!(
+            "{}: {errors} of {} problems keep it from being served",
+            folder.display(),
+            report.problems.len()
+        );
     }
     Ok(())
 }
@@ -138,7 +147,8 @@ pub(crate) fn load(
     frozen: &Frozen,
 ) -> Result<(Box<dyn DraftMethod>, Params)> {
     let read = read_eagle3(folder)?;
-    let dims = eagle3::Dims::from_json(&read.config_json).with_context(|| format!("{}/config.json", folder.display()))?;
+    let dims = eagle3::Dims::from_json(&read.config_json)
+        .with_context(|| format!("{}/config.json", folder.display()))?;
     let capture = match read.config.capture_layers.clone() {
         Some(layers) => Capture { layers, last_hidden: true },
         None => Capture::eagle3_default(info.n_layers)?,
@@ -147,16 +157,23 @@ pub(crate) fn load(
     for (name, shape) in dims.weights() {
         let value = match read.tensors.get(&name) {
             Some(tensor) if tensor.shape == shape => Tensor::from_f32(Device::Cpu, tensor.to_f32(), &shape)?,
-            Some(tensor) => bail!("{}: {name} has shape {:?}, expected {shape:?}", folder.display(), tensor.shape),
-            None if name == "embed_tokens.weight" && frozen.embedding.shape() == shape => frozen.embedding.clone(),
+            Some(tensor) => {
+                bail!("{}: {name} has shape {:?}, expected {shape:?}", folder.display(), tensor.shape)
+            }
+            None if name == "embed_tokens.weight" && frozen.embedding.shape() == shape => {
+                frozen.embedding.clone()
+            }
             None => bail!("{}: {name} is missing", folder.display()),
         };
         params.add(name, value, false);
     }
     let vocab = match read.tensors.get("d2t") {
         Some(d2t) => {
-            let offsets: Vec<i64> =
-                d2t.bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("eight bytes"))).collect();
+            let offsets: Vec<i64> = d2t
+                .bytes
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes(b.try_into().expect("eight bytes")))
+                .collect();
             VocabMap::from_offsets(&offsets, dims.vocab_size)?
         }
         None => VocabMap::full(dims.vocab_size),
@@ -175,18 +192,30 @@ pub(crate) fn warm_start(folder: &Path, method: &dyn DraftMethod, params: &mut P
     if let Some(d2t) = read.tensors.get("d2t") {
         let ours: Vec<u8> = method.vocab().d2t().iter().flat_map(|offset| offset.to_le_bytes()).collect();
         if *d2t.bytes != *ours {
-            bail!("{}: its draft vocabulary (d2t) is not the one counted from this run's data; train with the same data or without warm-start", folder.display());
+            bail!(
+                "{}: its draft vocabulary (d2t) is not the one counted from this run's data; train with the same data or without warm-start",
+                folder.display()
+            );
         }
     }
     let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
     for id in ids {
         let param = params.get_mut(id);
         let shape = param.value.shape().to_vec();
-        let tensor = read.tensors.get(&param.name).with_context(|| format!("{}: {} is missing", folder.display(), param.name))?;
+        let tensor = read
+            .tensors
+            .get(&param.name)
+            .with_context(|| format!("{}: {} is missing", folder.display(), param.name))?;
         if tensor.shape != shape {
-            bail!("{}: {} has shape {:?}, this recipe's draft needs {shape:?}", folder.display(), param.name, tensor.shape);
+            bail!(
+                "{}: {} has shape {:?}, this recipe's draft needs {shape:?}",
+                folder.display(),
+                param.name,
+                tensor.shape
+            );
         }
-        param.value = Tensor::from_f32(param.value.device(), tensor.to_f32(), &shape)?.cast(param.value.dtype())?;
+        param.value =
+            Tensor::from_f32(param.value.device(), tensor.to_f32(), &shape)?.cast(param.value.dtype())?;
     }
     eprintln!("warm      weights of {}", folder.display());
     Ok(())

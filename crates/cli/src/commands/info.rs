@@ -74,7 +74,10 @@ fn of(path: &Path) -> Result<Value> {
     if path.join("config.json").exists() {
         return model(path);
     }
-    bail!("{}: not a target, store, checkpoint, draft or prepared set (none of config.json, manifest.json, state.json is in it)", path.display())
+    bail!(
+        "{}: not a target, store, checkpoint, draft or prepared set (none of config.json, manifest.json, state.json is in it)",
+        path.display()
+    )
 }
 
 fn checkpoint(path: &Path) -> Result<Value> {

@@ -18,15 +18,15 @@ use specforge_nn::weights::Weights;
 use specforge_store::Reader;
 use specforge_tensor::Params;
 use specforge_train::{
-    Cache, Checkpoint, Checkpoints, Event, FeatureSource, Hooks, Offline, Online, Order, Outcome, Settings, State,
-    Trainer,
+    Cache, Checkpoint, Checkpoints, Event, FeatureSource, Hooks, Offline, Online, Order, Outcome, Settings,
+    State, Trainer,
 };
 
 use super::capture::stop_on_signal;
 use super::{eval, export};
+use crate::lock;
 use crate::setup::{self, RecipeArgs};
 use crate::show::{Progress, positions, rate, table};
-use crate::lock;
 
 /// Train a draft, measure its acceptance length by real decoding, and export the folder that SGLang loads.
 ///
@@ -84,7 +84,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let untrained = match &resume {
         Some(checkpoint) => {
             take_up(&mut trainer, checkpoint, &plan)?;
-            fs_err::read(plan.run_dir.join("untrained.json")).ok().and_then(|t| serde_json::from_slice(&t).ok())
+            fs_err::read(plan.run_dir.join("untrained.json"))
+                .ok()
+                .and_then(|t| serde_json::from_slice(&t).ok())
         }
         None => {
             setup::write_text(&plan.run_dir.join("plan.json"), &plan.to_json())?;
@@ -99,12 +101,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let outcome = trainer.run(source.as_mut(), &mut hooks);
     hooks.progress.done();
     if outcome? == Outcome::Stopped {
-        bail!("stopped at step {} and saved; go on with: specforge train {} --resume", trainer.state.position.step, args.recipe.recipe.display());
+        bail!(
+            "stopped at step {} and saved; go on with: specforge train {} --resume",
+            trainer.state.position.step,
+            args.recipe.recipe.display()
+        );
     }
-    let tokens_per_second = (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
+    let tokens_per_second =
+        (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
     let best = use_best(&mut trainer, &plan)?;
     let report = decoder.measure(method.as_ref(), &trainer.params)?;
-    let export_dir = export::write(&plan, &info, method.as_ref(), &trainer.params, &export::Options::of(&plan, true))?;
+    let export_dir =
+        export::write(&plan, &info, method.as_ref(), &trainer.params, &export::Options::of(&plan, true))?;
     let summary = Summary {
         name: plan.name.clone(),
         method: plan.method.name(),
@@ -112,7 +120,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         tokens: trainer.state.tokens,
         acceptance_length: report.as_ref().map(|r| r.acceptance_length),
         acceptance_length_untrained: untrained,
-        acceptance_per_position: report.as_ref().map(|r| r.acceptance_per_position.clone()).unwrap_or_default(),
+        acceptance_per_position: report
+            .as_ref()
+            .map(|r| r.acceptance_per_position.clone())
+            .unwrap_or_default(),
         lossless: report.as_ref().and_then(|r| r.lossless),
         tokens_per_second,
         speedup: report.as_ref().and_then(|r| r.speedup),
@@ -123,7 +134,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         seconds: started.elapsed().as_secs_f64(),
     };
     setup::write_json(&plan.run_dir.join("summary.json"), &summary)?;
-    if args.json { println!("{}", serde_json::to_string_pretty(&summary)?) } else { print_table(&summary, &plan) }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&summary)?)
+    } else {
+        print_table(&summary, &plan)
+    }
     Ok(())
 }
 
@@ -152,7 +167,10 @@ fn clear_or_resume(args: &Args, plan: &RunPlan) -> Result<Option<Checkpoint>> {
     let latest = if folder.exists() { Checkpoints::open(folder, 0)?.latest()? } else { None };
     match latest {
         None if matches!(args.resume, Some(None)) => {
-            eprintln!("resume    {} has no checkpoint yet: starting from the beginning", plan.run_dir.display());
+            eprintln!(
+                "resume    {} has no checkpoint yet: starting from the beginning",
+                plan.run_dir.display()
+            );
             Ok(None)
         }
         Some(checkpoint) if args.resume.is_none() && !plan.train.auto_resume => bail!(
@@ -214,7 +232,10 @@ fn print_table(s: &Summary, plan: &RunPlan) {
         ("accepted at draft position", positions(&s.acceptance_per_position)),
         ("lossless", lossless.to_owned()),
         ("decoding on this machine", decoding),
-        ("training", format!("{} steps, {}, best at step {}", s.steps, rate(s.tokens_per_second), s.best_step)),
+        (
+            "training",
+            format!("{} steps, {}, best at step {}", s.steps, rate(s.tokens_per_second), s.best_step),
+        ),
         ("run", plan.run_dir.display().to_string()),
         ("exported folder for SGLang", s.export_dir.display().to_string()),
         ("time", format!("{:.0} s", s.seconds)),
@@ -261,8 +282,9 @@ fn source(
     let capture = method.capture().clone();
     let spec = |capture| setup::store_spec(plan, info, capture, data);
     let Some(target) = target else {
-        let reader = Reader::open(&plan.store.path)
-            .with_context(|| format!("offline training reads what `specforge capture` wrote to {}", plan.store.path.display()))?;
+        let reader = Reader::open(&plan.store.path).with_context(|| {
+            format!("offline training reads what `specforge capture` wrote to {}", plan.store.path.display())
+        })?;
         let spec = spec(&capture)?;
         reader.expect(&spec.identity, &spec.schema)?;
         return Ok(Box::new(Offline::new(Arc::new(reader))));
@@ -348,7 +370,8 @@ impl Decoder {
         }
         let target = self.target()?;
         let options = Options { plain: false, parallel: true, ..eval::options(&self.plan) };
-        let report = specforge_eval::evaluate(&target, method, params, &self.prompts[..n], &options, &|_, _| ())?;
+        let report =
+            specforge_eval::evaluate(&target, method, params, &self.prompts[..n], &options, &|_, _| ())?;
         Ok(Some(report.acceptance_length))
     }
 
@@ -360,7 +383,14 @@ impl Decoder {
         let target = self.target()?;
         let progress = Progress::new("eval", false);
         let shown = |done, total| progress.set(done, total);
-        let report = specforge_eval::evaluate(&target, method, params, &self.prompts, &eval::options(&self.plan), &shown);
+        let report = specforge_eval::evaluate(
+            &target,
+            method,
+            params,
+            &self.prompts,
+            &eval::options(&self.plan),
+            &shown,
+        );
         progress.done();
         Ok(Some(report?))
     }
@@ -406,7 +436,10 @@ impl Hooks for Terminal<'_> {
                 held.figures.objective.value(),
                 positions(&held.figures.values("acceptance")),
                 held.acceptance_length.map_or_else(
-                    || format!("about {:.2} (estimated, no decoding)", held.figures.estimated_acceptance_length()),
+                    || format!(
+                        "about {:.2} (estimated, no decoding)",
+                        held.figures.estimated_acceptance_length()
+                    ),
                     |length| format!("{length:.2}"),
                 )
             )),
@@ -423,6 +456,8 @@ impl Hooks for Terminal<'_> {
         method: &dyn DraftMethod,
         params: &Params,
     ) -> specforge_train::Result<Option<f64>> {
-        self.decoder.acceptance_length(method, params).map_err(|e| specforge_train::Error::Hook(format!("{e:#}")))
+        self.decoder
+            .acceptance_length(method, params)
+            .map_err(|e| specforge_train::Error::Hook(format!("{e:#}")))
     }
 }

@@ -44,14 +44,21 @@ impl<'a> Eagle3Drafter<'a> {
 
     /// The rest of the layer and the head for states `h` that attend to `base` within `spans` and to `extras`.
     /// Returns the states for the next step and the logits.
-    fn finish(&self, tape: &Tape<'_>, h: &Var, q: &Var, extras: &[(KeyValue, Option<Tensor>)]) -> Result<(Tensor, Var)> {
+    fn finish(
+        &self,
+        tape: &Tape<'_>,
+        h: &Var,
+        q: &Var,
+        extras: &[(KeyValue, Option<Tensor>)],
+    ) -> Result<(Tensor, Var)> {
         let (device, n) = (h.value().device(), h.rows_cols().0);
         let m = self.method;
         let spans = Spans {
             lo: Tensor::from_u32(device, vec![0; n]),
             hi: Tensor::from_u32(device, vec![self.committed() as u32; n]),
         };
-        let base = KeyValue { key: tape.input(self.base[0].clone()), value: tape.input(self.base[1].clone()) };
+        let base =
+            KeyValue { key: tape.input(self.base[0].clone()), value: tape.input(self.base[1].clone()) };
         let (shape, query) = (m.attention_shape(), q);
         let a = tape.attention(&Attention { shape, query, base: &base, spans: &spans, extras })?;
         let out = m.finish_layer(tape, h, &a)?;
@@ -86,7 +93,9 @@ impl Drafter for Eagle3Drafter<'_> {
         let (m, n) = (self.method, next_tokens.len());
         if n == 0 || hidden_states.rows_cols().0 != n {
             let rows = hidden_states.rows_cols().0;
-            return Err(Error::Batch(format!("commit: {rows} rows of states for {n} tokens, expected as many, at least one")));
+            return Err(Error::Batch(format!(
+                "commit: {rows} rows of states for {n} tokens, expected as many, at least one"
+            )));
         }
         let device = hidden_states.device();
         let tape = Tape::inference(self.params);
@@ -136,9 +145,11 @@ impl Drafter for Eagle3Drafter<'_> {
         // 2. Attention to the committed rows, the node's ancestors and itself.
         let q = m.project_half(&tape, &n, &m.modules.q_proj, &half[0], &at.token)?;
         let q = m.rotate(&tape, &q, &at)?;
-        let keys = KeyValue { key: tape.input(self.nodes[0].clone()), value: tape.input(self.nodes[1].clone()) };
+        let keys =
+            KeyValue { key: tape.input(self.nodes[0].clone()), value: tape.input(self.nodes[1].clone()) };
         let ancestors = self.ancestors(first, depth).into_iter();
-        let extras: Vec<_> = ancestors.map(|rows| (keys.clone(), Some(Tensor::from_u32(device, rows)))).collect();
+        let extras: Vec<_> =
+            ancestors.map(|rows| (keys.clone(), Some(Tensor::from_u32(device, rows)))).collect();
         let (state, logits) = self.finish(&tape, &h, &q, &extras)?;
         self.states.append_rows(&state)?;
         Ok(logit_rows(&logits))

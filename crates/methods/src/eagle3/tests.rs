@@ -6,7 +6,9 @@ use std::path::Path;
 use serde_json::Value;
 use specforge_nn::optimizer::{AdamW, AdamWConfig};
 use specforge_tensor::Grads;
-use specforge_testkit::{Tensors, assert_close, assert_close_max, case_json, golden_case, golden_cases, golden_dir};
+use specforge_testkit::{
+    Tensors, assert_close, assert_close_max, case_json, golden_case, golden_cases, golden_dir,
+};
 
 use super::*;
 
@@ -30,7 +32,12 @@ fn part(dir: &Path, json: &Value, file: &str, from: &str) -> Tensors {
     if own.exists() {
         return Tensors::read(own);
     }
-    let other = json[from].as_str().expect("a case without the file names another").split(' ').next().expect("a name");
+    let other = json[from]
+        .as_str()
+        .expect("a case without the file names another")
+        .split(' ')
+        .next()
+        .expect("a name");
     Tensors::read(golden_dir().join(other).join(file))
 }
 
@@ -80,7 +87,8 @@ fn batch(inputs: &Tensors, head: &Tensor) -> Batch {
     let (_, mask) = inputs.i64("loss_mask");
     let (_, attention) = inputs.i64("attention_mask");
     let [b, s] = [shape[0], shape[1]];
-    let lengths: Vec<usize> = (0..b).map(|r| attention[r * s..(r + 1) * s].iter().sum::<i64>() as usize).collect();
+    let lengths: Vec<usize> =
+        (0..b).map(|r| attention[r * s..(r + 1) * s].iter().sum::<i64>() as usize).collect();
     let kept: Vec<usize> = (0..b).flat_map(|r| (0..lengths[r]).map(move |t| r * s + t)).collect();
     let rows = |name: &str| {
         let (shape, values) = inputs.f32(name);
@@ -241,7 +249,13 @@ fn golden_optimizer_path_of_five_steps() {
     for (i, &lr) in stored.f32("opt.lr").1.iter().enumerate() {
         let (loss, grads) = run(&case, Grads::new());
         let want = stored.f32("opt.micro_losses").1[i];
-        assert_close(&format!("loss of step {}", i + 1), &[loss.objective.value() as f32], &[want], 1e-7, 5e-5);
+        assert_close(
+            &format!("loss of step {}", i + 1),
+            &[loss.objective.value() as f32],
+            &[want],
+            1e-7,
+            5e-5,
+        );
         let report = optimizer.step(&mut case.params, &grads, loss.objective.weight, f64::from(lr));
         assert_close("grad norm", &[report.grad_norm as f32], &[stored.f32("opt.grad_norm").1[i]], 0.0, 1e-4);
         check_state(&case, &optimizer, &stored, i + 1);
@@ -276,7 +290,11 @@ fn check_serving(name: &str, got: &[f32], want: &[f32]) {
     assert_close_max(name, got, want, 0.05);
     let best = got.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).expect("logits").0;
     let top = want.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    assert!(want[best] > top - 0.01 * top.abs(), "{name}: best token {best} has {}, the stored best {top}", want[best]);
+    assert!(
+        want[best] > top - 0.01 * top.abs(),
+        "{name}: best token {best} has {}, the stored best {top}",
+        want[best]
+    );
 }
 
 #[test]
@@ -297,7 +315,8 @@ fn golden_serving_logits() {
         check_serving("step 0", &logits, &want[want.len() - logits.len()..]);
         for step in 1..=4 {
             let token = expected.i64(&format!("step{step}.input_ids")).1[0] as u32;
-            let logits = drafter.expand(&[(token, (step as usize).checked_sub(2))]).expect("expanded").swap_remove(0);
+            let logits =
+                drafter.expand(&[(token, (step as usize).checked_sub(2))]).expect("expanded").swap_remove(0);
             check_serving(&format!("step {step}"), &logits, &expected.f32(&format!("step{step}.logits")).1);
         }
     }
@@ -305,7 +324,9 @@ fn golden_serving_logits() {
 
 /// Logits of the teacher over the whole vocabulary.
 fn teacher_logits(dir: &Path, batch: &Batch) -> Tensor {
-    let Teacher::LastHidden { hidden, .. } = &batch.teacher else { unreachable!("cases store hidden states") };
+    let Teacher::LastHidden { hidden, .. } = &batch.teacher else {
+        unreachable!("cases store hidden states")
+    };
     let mut params = Params::new();
     let inputs = Tensors::read(dir.join("inputs.safetensors"));
     let head = params.add("head", tensor(&inputs, "target_lm_head.weight"), false);
@@ -359,7 +380,8 @@ fn golden_the_shared_projection_equals_the_concatenated_one() {
     let e = tape.embedding(m.modules.embed_tokens, &ids).expect("embedded");
     let e = tape.rms_norm(&e, m.modules.input_layernorm, m.eps()).expect("normed");
     let (e, n) = (e.value().to_f32(), n.value().to_f32());
-    let side_by_side = (0..19).flat_map(|r| [&e[(r + 1) * h..(r + 2) * h], &n[r * h..(r + 1) * h]].concat()).collect();
+    let side_by_side =
+        (0..19).flat_map(|r| [&e[(r + 1) * h..(r + 2) * h], &n[r * h..(r + 1) * h]].concat()).collect();
     let x = tape.input(Tensor::from_f32(Device::Cpu, side_by_side, &[19, 2 * h]).expect("rows"));
     let plain = tape.linear(&x, m.modules.q_proj.clone()).expect("projected");
     assert_close_max("q", &fast.value().to_f32(), &plain.value().to_f32(), 1e-5);
@@ -377,7 +399,8 @@ fn golden_packing_changes_nothing() {
     for bounds in &whole.bounds {
         case.batch = document(&whole, bounds);
         let (loss, g) = run(&case, grads);
-        (grads, sum) = (g, Ratio { sum: sum.sum + loss.objective.sum, weight: sum.weight + loss.objective.weight });
+        (grads, sum) =
+            (g, Ratio { sum: sum.sum + loss.objective.sum, weight: sum.weight + loss.objective.weight });
     }
     assert_close("loss", &[packed.objective.value() as f32], &[sum.value() as f32], 0.0, 1e-6);
     assert_same_gradients(&case, &together, &grads, 1e-5);
@@ -391,7 +414,9 @@ fn document(batch: &Batch, bounds: &Range<usize>) -> Batch {
         let tape = Tape::inference(&params);
         tape.gather_rows(&tape.input(t.clone()), &index).expect("rows").value().clone()
     };
-    let Teacher::LastHidden { hidden, argmax, logsumexp } = &batch.teacher else { unreachable!("hidden states") };
+    let Teacher::LastHidden { hidden, argmax, logsumexp } = &batch.teacher else {
+        unreachable!("hidden states")
+    };
     let lse = logsumexp.to_f32()[bounds.clone()].to_vec();
     Batch {
         rows: vec![0],
@@ -431,7 +456,8 @@ fn golden_a_tree_of_proposals_equals_its_branches() {
     let weights = Tensors::read(dir.join("model.safetensors"));
     let expected = Tensors::read(dir.join("expected.safetensors"));
     let config = case_json(dir.join("config.json"));
-    let (method, params) = draft(&config, Config::default(), &weights, tensor(&weights, "embed_tokens.weight"));
+    let (method, params) =
+        draft(&config, Config::default(), &weights, tensor(&weights, "embed_tokens.weight"));
     let ids: Vec<u32> = expected.i64("step0.input_ids").1.iter().map(|&t| t as u32).collect();
     let aux = tensor(&expected, "aux");
     let mut tree = method.drafter(&params).expect("a drafter");

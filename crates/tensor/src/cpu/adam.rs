@@ -5,9 +5,9 @@ use rayon::prelude::*;
 
 use super::f32_mut;
 use super::simd::dot;
+use crate::Tensor;
 use crate::kernels::AdamStep;
 use crate::tensor::Buffer;
-use crate::Tensor;
 
 const CHUNK: usize = 1 << 14;
 

@@ -53,13 +53,18 @@ impl<'a> View<'a> {
         spans: &'a Spans,
         extras: &[Extra<'a>],
     ) -> Self {
-        let extra = |e: &Extra<'a>| ExtraView {
-            key: e.key.f32s(),
-            value: e.value.f32s(),
-            index: e.index.map(u32s),
-        };
+        let extra =
+            |e: &Extra<'a>| ExtraView { key: e.key.f32s(), value: e.value.f32s(), index: e.index.map(u32s) };
         let extras = extras.iter().map(extra).collect();
-        Self { shape, q: q.f32s(), k: k.f32s(), v: v.f32s(), lo: u32s(&spans.lo), hi: u32s(&spans.hi), extras }
+        Self {
+            shape,
+            q: q.f32s(),
+            k: k.f32s(),
+            v: v.f32s(),
+            lo: u32s(&spans.lo),
+            hi: u32s(&spans.hi),
+            extras,
+        }
     }
 
     /// Row widths of queries and of keys.
@@ -138,11 +143,8 @@ pub(super) fn forward(
         view.blocks().into_iter().flat_map(|b| (0..shape.n_heads).map(move |h| (b.clone(), h))).collect();
     let run = |(block, head): &(Block, usize)| head_forward(&view, block, *head);
     let work = rows * qkv[1].rows_cols().0 * d * shape.n_heads;
-    let parts: Vec<_> = if work < 1 << 16 {
-        tasks.iter().map(run).collect()
-    } else {
-        tasks.par_iter().map(run).collect()
-    };
+    let parts: Vec<_> =
+        if work < 1 << 16 { tasks.iter().map(run).collect() } else { tasks.par_iter().map(run).collect() };
     let (mut out, mut lse) = (vec![0.0; rows * shape.n_heads * d], vec![0.0; rows * shape.n_heads]);
     for ((block, head), (o, l)) in tasks.iter().zip(parts) {
         for (i, r) in block.rows.clone().enumerate() {
@@ -164,7 +166,14 @@ fn head_forward(view: &View<'_>, block: &Block, head: usize) -> (Vec<f32>, Vec<f
         return (vec![0.0; block.rows.len() * d], vec![f32::NEG_INFINITY; block.rows.len()]);
     }
     let mut out = vec![0.0; block.rows.len() * d];
-    gemm_into(&mut out, d, Mat::new(&p, block.rows.len(), n_keys, width), view.keys(&view.v, &block.keys, h), 1.0, false);
+    gemm_into(
+        &mut out,
+        d,
+        Mat::new(&p, block.rows.len(), n_keys, width),
+        view.keys(&view.v, &block.keys, h),
+        1.0,
+        false,
+    );
     for (e, extra) in view.extras.iter().enumerate() {
         for (i, r) in block.rows.clone().enumerate() {
             if let Some(row) = extra.row(r) {

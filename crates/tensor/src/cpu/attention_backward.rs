@@ -69,17 +69,26 @@ pub(super) fn backward(
         .collect();
     let parts: Vec<Part> = tasks.par_iter().map(|(s, h)| segment_backward(&view, &saved, s, *h)).collect();
     let mut grads = qkv.map(|t| vec![0.0; t.len()]);
-    let mut dextras: Vec<[Vec<f32>; 2]> = extras.iter().map(|e| [vec![0.0; e.key.len()], vec![0.0; e.value.len()]]).collect();
+    let mut dextras: Vec<[Vec<f32>; 2]> =
+        extras.iter().map(|e| [vec![0.0; e.key.len()], vec![0.0; e.value.len()]]).collect();
     for ((segment, h), part) in tasks.iter().zip(parts) {
         merge(&view, segment, *h, part, &mut grads, &mut dextras);
     }
     let [dq, dk, dv] = grads;
-    let dextras = extras.iter().zip(dextras).map(|(e, [k, v])| [tensor(k, e.key.shape()), tensor(v, e.value.shape())]);
+    let dextras =
+        extras.iter().zip(dextras).map(|(e, [k, v])| [tensor(k, e.key.shape()), tensor(v, e.value.shape())]);
     ([tensor(dq, qkv[0].shape()), tensor(dk, qkv[1].shape()), tensor(dv, qkv[2].shape())], dextras.collect())
 }
 
 /// Adds one part to the whole gradients; parts come in a fixed order.
-fn merge(view: &View<'_>, segment: &Segment, h: usize, part: Part, grads: &mut [Vec<f32>; 3], dextras: &mut [[Vec<f32>; 2]]) {
+fn merge(
+    view: &View<'_>,
+    segment: &Segment,
+    h: usize,
+    part: Part,
+    grads: &mut [Vec<f32>; 3],
+    dextras: &mut [[Vec<f32>; 2]],
+) {
     let (d, (width, kv)) = (view.shape.head_dim, view.widths());
     let group = view.shape.n_heads / view.shape.n_kv_heads;
     let add = |dst: &mut [f32], src: &[f32]| dst.iter_mut().zip(src).for_each(|(d, s)| *d += s);
@@ -125,9 +134,17 @@ fn segment_backward(view: &View<'_>, saved: &Saved<'_>, segment: &Segment, h: us
 
 /// One block and query head. With P the probabilities and D = Σ dO·O per row:
 /// `dV += Pᵀ dO`, `dS = P (dO Vᵀ - D) scale`, `dQ = dS K`, `dK += dSᵀ Q`.
-fn head_backward(view: &View<'_>, saved: &Saved<'_>, block: &Block, head: usize, first_key: usize, part: &mut Part) {
+fn head_backward(
+    view: &View<'_>,
+    saved: &Saved<'_>,
+    block: &Block,
+    head: usize,
+    first_key: usize,
+    part: &mut Part,
+) {
     let s = view.shape;
-    let (d, rows, n_keys, h) = (s.head_dim, block.rows.len(), block.keys.len(), head / (s.n_heads / s.n_kv_heads));
+    let (d, rows, n_keys, h) =
+        (s.head_dim, block.rows.len(), block.keys.len(), head / (s.n_heads / s.n_kv_heads));
     let width = n_keys + view.extras.len();
     let row_of = |r: usize| (r * s.n_heads + head) * d;
     let mut p = view.scores(block, head);

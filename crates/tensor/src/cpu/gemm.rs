@@ -1,12 +1,20 @@
 //! Matrix products over the `gemm` crate. Threads split the output by rows (or, for a few rows, by columns) at
 //! places that depend on the shapes alone, and each part is computed by one thread: same bits on any machine size.
-#![expect(unsafe_code, reason = "the gemm crate takes raw pointers; Mat and gemm_into check every bound first")]
+#![expect(
+    clippy::inline_always,
+    reason = "a loop is vectorised only where it is inlined into the dispatched body"
+)]
+#![expect(
+    unsafe_code,
+    reason = "the gemm crate takes raw pointers; Mat and gemm_into check every bound first"
+)]
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::simd::{dot_inline, vectorised};
 use super::{f32_mut, rows, tensor};
 use crate::{DType, Tensor};
 
@@ -143,11 +151,52 @@ fn weight_blocks(w: &Tensor) -> impl Iterator<Item = (usize, usize, Cow<'_, [f32
     })
 }
 
+/// Up to so many input rows (decoding, and verifying proposals) each output is a dot product of its own: nothing is
+/// packed, the weights are read once, and a row's result does not depend on how many rows there are.
+const FEW_ROWS: usize = 16;
+
+/// Columns of the output per task of [`few_rows`].
+const FEW_COLUMNS: usize = 128;
+
+/// `y[:, start..start + count] = x · blockᵀ` for a few rows.
+fn few_rows(y: &mut [f32], n: usize, x: &[f32], k: usize, (start, rows): (usize, &[&[f32]])) {
+    let n_rows = x.len() / k;
+    let part = |rows: &[&[f32]]| -> Vec<f32> {
+        let mut products = vec![0.0; rows.len() * n_rows];
+        // Plain loops: adapters would be compiled without the wide instructions.
+        vectorised(
+            #[inline(always)]
+            || {
+                for (w, out) in rows.iter().zip(products.chunks_exact_mut(n_rows)) {
+                    for (x, out) in x.chunks_exact(k).zip(out) {
+                        *out = dot_inline(x, w);
+                    }
+                }
+            },
+        );
+        products
+    };
+    // Waking threads costs more than a small product.
+    let parts: Vec<Vec<f32>> = if x.len() * rows.len() < 4 * PARALLEL_WORK {
+        vec![part(rows)]
+    } else {
+        rows.par_chunks(FEW_COLUMNS).map(part).collect()
+    };
+    for (column, values) in parts.iter().flat_map(|part| part.chunks_exact(n_rows)).enumerate() {
+        values.iter().enumerate().for_each(|(r, v)| y[r * n + start + column] = *v);
+    }
+}
+
 pub(super) fn linear(x: &Tensor, w: &Tensor, cols: Range<usize>, bias: Option<&Tensor>) -> Tensor {
     let ((r, k), (n, k_all)) = (x.rows_cols(), w.rows_cols());
     let values = x.f32s();
     let mut y = vec![0.0; r * n];
     for (start, count, block) in weight_blocks(w) {
+        if (1..=FEW_ROWS).contains(&r) && k > 0 {
+            let rows: Vec<&[f32]> = block.chunks_exact(k_all).map(|row| &row[cols.clone()]).collect();
+            few_rows(&mut y, n, &values, k, (start, &rows));
+            continue;
+        }
         let b = Mat::new(&block[cols.start..], count, k, k_all).t();
         gemm(&mut y[start.min(r * n)..], n, Mat::new(&values, r, k, k), b, false);
     }

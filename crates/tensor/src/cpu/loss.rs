@@ -94,7 +94,12 @@ struct Output {
     dx: Option<Vec<f32>>,
 }
 
-pub(super) fn soft_target_loss(x: &Tensor, head: &Tensor, targets: &SoftTargets<'_>, mut dhead: Option<&mut Tensor>) -> RowLoss {
+pub(super) fn soft_target_loss(
+    x: &Tensor,
+    head: &Tensor,
+    targets: &SoftTargets<'_>,
+    mut dhead: Option<&mut Tensor>,
+) -> RowLoss {
     let ((n_rows, k), vocab) = (x.rows_cols(), head.rows_cols().0);
     let shape = x.shape();
     let (x, head) = (x.f32s(), head.f32s());
@@ -146,7 +151,13 @@ fn chunks(teacher_row: &[u32], limit: usize) -> Vec<Range<usize>> {
 }
 
 /// Loss of one chunk; its logits become the gradient of the objective with respect to them.
-fn chunk_loss(logits: &mut [f32], teacher: &Teacher, rows: &Range<usize>, targets: &SoftTargets<'_>, out: &mut Output) {
+fn chunk_loss(
+    logits: &mut [f32],
+    teacher: &Teacher,
+    rows: &Range<usize>,
+    targets: &SoftTargets<'_>,
+    out: &mut Output,
+) {
     let teacher_row = &u32s(targets.teacher_row)[rows.clone()];
     let (ce_weight, acceptance_weight) = (targets.ce_weight.f32s(), targets.acceptance_weight.f32s());
     let row = |(i, row): (usize, &mut [f32])| {

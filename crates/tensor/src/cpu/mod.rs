@@ -14,9 +14,7 @@ mod swiglu;
 
 use std::ops::Range;
 
-use crate::kernels::{
-    AdamStep, AttentionShape, Extra, Kernels, RowLoss, SoftTargets, Spans, VocabStats,
-};
+use crate::kernels::{AdamStep, AttentionShape, Extra, Kernels, RowLoss, SoftTargets, Spans, VocabStats};
 use crate::tensor::Buffer;
 use crate::{Device, Tensor};
 
@@ -68,7 +66,14 @@ impl Kernels for Cpu {
     ) -> Tensor {
         norm::backward(dy, x, w, rstd, dw)
     }
-    fn rope(&self, x: &Tensor, head_dim: usize, tables: (&Tensor, &Tensor), positions: &Tensor, inverse: bool) -> Tensor {
+    fn rope(
+        &self,
+        x: &Tensor,
+        head_dim: usize,
+        tables: (&Tensor, &Tensor),
+        positions: &Tensor,
+        inverse: bool,
+    ) -> Tensor {
         rope::rotate(x, head_dim, tables, positions, inverse)
     }
     fn attention(
@@ -125,7 +130,13 @@ impl Kernels for Cpu {
     fn logit_stats(&self, logits: &Tensor) -> VocabStats {
         loss::logit_stats(logits)
     }
-    fn soft_target_loss(&self, x: &Tensor, head: &Tensor, targets: &SoftTargets<'_>, dhead: Option<&mut Tensor>) -> RowLoss {
+    fn soft_target_loss(
+        &self,
+        x: &Tensor,
+        head: &Tensor,
+        targets: &SoftTargets<'_>,
+        dhead: Option<&mut Tensor>,
+    ) -> RowLoss {
         loss::soft_target_loss(x, head, targets, dhead)
     }
     fn adam_step(

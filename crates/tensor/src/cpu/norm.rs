@@ -25,7 +25,13 @@ pub(super) fn forward(x: &Tensor, w: &Tensor, eps: f32) -> (Tensor, Tensor) {
 }
 
 /// With x̂ = x·rstd and g = dy·w: `dx = rstd (g - x̂ mean(g x̂))`, `dw = Σ dy x̂`.
-pub(super) fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, rstd: &Tensor, dw: Option<&mut Tensor>) -> Tensor {
+pub(super) fn backward(
+    dy: &Tensor,
+    x: &Tensor,
+    w: &Tensor,
+    rstd: &Tensor,
+    dw: Option<&mut Tensor>,
+) -> Tensor {
     let shape = x.shape();
     let (dy, x, w, rstd) = (dy.f32s(), x.f32s(), w.f32s(), rstd.f32s());
     let d = w.len();

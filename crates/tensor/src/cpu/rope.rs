@@ -4,7 +4,13 @@ use super::rows::for_rows;
 use super::{tensor, u32s};
 use crate::Tensor;
 
-pub(super) fn rotate(x: &Tensor, head_dim: usize, tables: (&Tensor, &Tensor), positions: &Tensor, inverse: bool) -> Tensor {
+pub(super) fn rotate(
+    x: &Tensor,
+    head_dim: usize,
+    tables: (&Tensor, &Tensor),
+    positions: &Tensor,
+    inverse: bool,
+) -> Tensor {
     let (cos, sin, positions) = (tables.0.f32s(), tables.1.f32s(), u32s(positions));
     let half = tables.0.rows_cols().1;
     let sign = if inverse { -1.0 } else { 1.0 };

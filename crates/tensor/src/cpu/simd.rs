@@ -1,7 +1,10 @@
 //! Inner loops written so that the compiler vectorises them, and run through `pulp` with the widest instructions
 //! the processor has. Sums go over a fixed number of lanes, so their order does not depend on the processor.
 
-#![expect(clippy::inline_always, reason = "a loop is vectorised only where it is inlined into the dispatched body")]
+#![expect(
+    clippy::inline_always,
+    reason = "a loop is vectorised only where it is inlined into the dispatched body"
+)]
 
 use pulp::Arch;
 
@@ -53,13 +56,35 @@ fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     sum_lanes(lanes)
 }
 
+/// The dot product, for callers that are vectorised themselves.
+#[inline(always)]
+pub(super) fn dot_inline(a: &[f32], b: &[f32]) -> f32 {
+    let n = a.len().min(b.len());
+    let (a, b) = (&a[..n], &b[..n]);
+    // Twice the lanes of a plain sum: enough independent additions to hide their latency.
+    let mut lanes = [0.0; 2 * LANES];
+    let ((a_chunks, a_rest), (b_chunks, b_rest)) =
+        (a.as_chunks::<{ 2 * LANES }>(), b.as_chunks::<{ 2 * LANES }>());
+    for (a, b) in a_chunks.iter().zip(b_chunks) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += a[lane] * b[lane];
+        }
+    }
+    for (sum, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *sum += a * b;
+    }
+    let mut halves = [0.0; LANES];
+    for (i, sum) in halves.iter_mut().enumerate() {
+        *sum = lanes[i] + lanes[i + LANES];
+    }
+    sum_lanes(halves)
+}
+
 /// The dot product.
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let n = a.len();
-    let b = &b[..n];
     Arch::new().dispatch(
         #[inline(always)]
-        || lane_sum(n, |i| a[i] * b[i]),
+        || dot_inline(a, b),
     )
 }
 

@@ -84,7 +84,8 @@ impl Tape<'_> {
         check(a)?;
         let (query, base) = (a.query, a.base);
         let qkv = [query.value(), base.key.value(), base.value.value()];
-        let (out, lse) = query.value().device().kernels().attention(a.shape, qkv, a.spans, &extras_of(a.extras));
+        let (out, lse) =
+            query.value().device().kernels().attention(a.shape, qkv, a.spans, &extras_of(a.extras));
         let needed = self.any_needed(&[query, &base.key, &base.value])
             || a.extras.iter().any(|(kv, _)| self.any_needed(&[&kv.key, &kv.value]));
         Ok(self.record(out.clone(), needed, || {

@@ -63,7 +63,8 @@ impl Tape<'_> {
             expect_shape("linear", "bias", b, &[n])?;
         }
         let y = x.value().device().kernels().linear(x.value(), &weight, cols.clone(), bias.as_ref());
-        let needed = self.any_needed(&[x]) || self.is_trained(w.param) || w.bias.is_some_and(|b| self.is_trained(b));
+        let needed =
+            self.any_needed(&[x]) || self.is_trained(w.param) || w.bias.is_some_and(|b| self.is_trained(b));
         Ok(self.record(y, needed, || Box::new(Linear { x: x.clone(), w, cols, weight })))
     }
 }

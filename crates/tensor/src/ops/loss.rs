@@ -88,7 +88,12 @@ impl LossStats {
     }
 }
 
-fn group_losses(rows: &RowLoss, loss_rows: &LossRows, objective: Objective, n_groups: usize) -> Vec<GroupLoss> {
+fn group_losses(
+    rows: &RowLoss,
+    loss_rows: &LossRows,
+    objective: Objective,
+    n_groups: usize,
+) -> Vec<GroupLoss> {
     let mut groups = vec![GroupLoss::default(); n_groups];
     let mut kl = vec![0.0; n_groups];
     let mut log_acceptance = vec![0.0; n_groups];
@@ -152,7 +157,12 @@ fn check(a: &SoftTargetLoss<'_>, head: &Tensor) -> Result<()> {
     expect_shape(OP, "logsumexp", a.logsumexp, &[n_teacher])?;
     let lengths = [a.rows.teacher_row.len(), a.rows.group.len(), a.rows.weight.len()];
     if lengths != [n_rows; 3] || !a.rows.teacher_row.is_sorted() {
-        return Err(Error::shape(OP, "loss rows", format!("[{n_rows}; 3], ascending teacher rows"), &lengths));
+        return Err(Error::shape(
+            OP,
+            "loss rows",
+            format!("[{n_rows}; 3], ascending teacher rows"),
+            &lengths,
+        ));
     }
     let device = a.x.value().device();
     let index = Tensor::from_u32(device, a.rows.teacher_row.clone());
@@ -171,19 +181,20 @@ impl Tape<'_> {
         check(a, &head)?;
         let (device, n_groups) = (a.x.value().device(), a.group_weight.len());
         let teacher_row = Tensor::from_u32(device, a.rows.teacher_row.clone());
-        let run = |[ce, acceptance]: [Vec<f32>; 2], dhead: Option<&mut Tensor>, with_gradient| -> Result<RowLoss> {
-            let n = ce.len();
-            let targets = SoftTargets {
-                teacher: a.teacher,
-                logsumexp: a.logsumexp,
-                teacher_row: &teacher_row,
-                ce_weight: &Tensor::from_f32(device, ce, &[n])?,
-                acceptance_weight: &Tensor::from_f32(device, acceptance, &[n])?,
-                log_acceptance: a.objective == Objective::LkAlpha,
-                wants_dx: a.x.is_needed() && with_gradient,
+        let run =
+            |[ce, acceptance]: [Vec<f32>; 2], dhead: Option<&mut Tensor>, with_gradient| -> Result<RowLoss> {
+                let n = ce.len();
+                let targets = SoftTargets {
+                    teacher: a.teacher,
+                    logsumexp: a.logsumexp,
+                    teacher_row: &teacher_row,
+                    ce_weight: &Tensor::from_f32(device, ce, &[n])?,
+                    acceptance_weight: &Tensor::from_f32(device, acceptance, &[n])?,
+                    log_acceptance: a.objective == Objective::LkAlpha,
+                    wants_dx: a.x.is_needed() && with_gradient,
+                };
+                Ok(device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead))
             };
-            Ok(device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead))
-        };
         // The lambda objective's weights need every row's acceptance before any gradient.
         let mut groups = vec![GroupLoss::default(); n_groups];
         a.rows.group.iter().for_each(|&g| groups[g as usize].count += 1.0);
@@ -209,7 +220,12 @@ impl Tape<'_> {
     /// As [`Tape::vocab_stats`], of given logits `[R, V]`.
     pub fn logit_stats(logits: &Tensor) -> Result<VocabStats> {
         if logits.dtype() == DType::U32 {
-            return Err(Error::DType { op: "logit_stats", what: "logits", expected: "a float type", got: logits.dtype() });
+            return Err(Error::DType {
+                op: "logit_stats",
+                what: "logits",
+                expected: "a float type",
+                got: logits.dtype(),
+            });
         }
         Ok(logits.device().kernels().logit_stats(logits))
     }

@@ -33,7 +33,13 @@ fn expect_shape(op: &'static str, what: &str, t: &Tensor, shape: &[usize]) -> Re
 }
 
 /// Fails unless `index` holds row numbers below `bound` (or `u32::MAX`, where a row may be absent).
-fn expect_rows(op: &'static str, what: &'static str, index: &Tensor, bound: usize, may_miss: bool) -> Result<()> {
+fn expect_rows(
+    op: &'static str,
+    what: &'static str,
+    index: &Tensor,
+    bound: usize,
+    may_miss: bool,
+) -> Result<()> {
     if index.dtype() != DType::U32 {
         return Err(Error::DType { op, what, expected: "U32", got: index.dtype() });
     }

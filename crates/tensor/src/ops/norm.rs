@@ -32,7 +32,8 @@ impl Tape<'_> {
 impl Backward for RmsNorm {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
         let kernels = dy.device().kernels();
-        let dx = kernels.rms_norm_backward(&dy, self.x.value(), &self.weight, &self.rstd, sink.param(self.id));
+        let dx =
+            kernels.rms_norm_backward(&dy, self.x.value(), &self.weight, &self.rstd, sink.param(self.id));
         sink.add(&self.x, dx);
         Ok(())
     }

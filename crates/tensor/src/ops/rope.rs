@@ -18,7 +18,13 @@ impl Tape<'_> {
     ///
     /// # Shapes
     /// x `[R, heads · head_dim]`, cos and sin `[P, half]` with `2 · half ≤ head_dim`, positions `u32 [R]` below P.
-    pub fn rope(&self, x: &Var, head_dim: usize, tables: (&Tensor, &Tensor), positions: &Tensor) -> Result<Var> {
+    pub fn rope(
+        &self,
+        x: &Var,
+        head_dim: usize,
+        tables: (&Tensor, &Tensor),
+        positions: &Tensor,
+    ) -> Result<Var> {
         let (cos, sin) = tables;
         let (rows, cols) = x.rows_cols();
         if !cols.is_multiple_of(head_dim) || 2 * cos.rows_cols().1 > head_dim {

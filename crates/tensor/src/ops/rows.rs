@@ -55,7 +55,8 @@ impl Tape<'_> {
     pub fn gather_rows(&self, x: &Var, index: &Tensor) -> Result<Var> {
         expect_rows("gather_rows", "the input", index, x.rows_cols().0, true)?;
         let y = x.value().device().kernels().gather_rows(x.value(), index);
-        Ok(self.record(y, self.any_needed(&[x]), || Box::new(GatherRows { x: x.clone(), index: index.clone() })))
+        Ok(self
+            .record(y, self.any_needed(&[x]), || Box::new(GatherRows { x: x.clone(), index: index.clone() })))
     }
 
     /// `y[r] = x[r] + table[index[r]]`: a projection that was computed once and is read shifted. `u32::MAX` adds

@@ -40,7 +40,8 @@ impl Offline {
 /// One row's features from a store.
 pub fn record_features(reader: &Reader, row: usize) -> Result<RowFeatures> {
     if !reader.contains(row as u64) {
-        let reason = "is not in the store: the capture is not finished, run it again to complete it".to_owned();
+        let reason =
+            "is not in the store: the capture is not finished, run it again to complete it".to_owned();
         return Err(Error::Row { row: row as u64, reason });
     }
     let record = reader.record(row as u64)?;
@@ -61,7 +62,8 @@ pub fn record_features(reader: &Reader, row: usize) -> Result<RowFeatures> {
 
 impl FeatureSource for Offline {
     fn fetch(&mut self, rows: &[usize]) -> Result<Batch> {
-        let features = rows.par_iter().map(|&row| record_features(&self.reader, row)).collect::<Result<_>>()?;
+        let features =
+            rows.par_iter().map(|&row| record_features(&self.reader, row)).collect::<Result<_>>()?;
         assemble(rows, features)
     }
 }

@@ -31,7 +31,8 @@ impl Online {
     pub fn row(&self, row: usize) -> Result<RowFeatures> {
         let content = self.data.row(row);
         let captured = self.target.forward(&[content.ids], &self.capture)?;
-        let last_hidden = captured.last_hidden.map_or_else(|| Tensor::from_f32(Device::Cpu, vec![], &[0, 0]), Ok)?;
+        let last_hidden =
+            captured.last_hidden.map_or_else(|| Tensor::from_f32(Device::Cpu, vec![], &[0, 0]), Ok)?;
         let last_hidden = last_hidden.cast(self.dtype)?;
         let (argmax, logsumexp) = self.teacher(&last_hidden, content.loss_mask)?;
         Ok(RowFeatures {
@@ -46,7 +47,8 @@ impl Online {
 
     /// Best token and log-sum-exp over the whole vocabulary, of the tokens where a loss may ask for them.
     fn teacher(&self, last_hidden: &Tensor, loss_mask: &[u8]) -> Result<(Vec<u32>, Vec<f32>)> {
-        let read: Vec<u32> = (0..loss_mask.len()).filter(|&t| teacher_is_read(loss_mask, t)).map(|t| t as u32).collect();
+        let read: Vec<u32> =
+            (0..loss_mask.len()).filter(|&t| teacher_is_read(loss_mask, t)).map(|t| t as u32).collect();
         let none = Params::new();
         let tape = Tape::inference(&none);
         let index = Tensor::from_u32(last_hidden.device(), read.clone());
