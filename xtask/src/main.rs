@@ -3,6 +3,7 @@
 
 mod files;
 mod generate;
+mod summary;
 mod tidy;
 
 use std::path::Path;
@@ -13,7 +14,9 @@ usage: cargo xtask <chore>
 
   tidy          check the rules of the repository (ARCHITECTURE.md); prints each violation, fails if there are any
   gen           write the generated pages of docs/reference
-  gen --check   fail if a generated page is stale";
+  gen --check   fail if a generated page is stale
+  check-summary FILE
+                fail unless the quick start's summary.json holds what the README promises";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -22,6 +25,7 @@ fn main() -> ExitCode {
         ["tidy"] => run_tidy(root),
         ["gen"] => generate::write(root).map(|path| println!("wrote {}", path.display())),
         ["gen", "--check"] => generate::check(root),
+        ["check-summary", file] => summary::check(Path::new(file)),
         _ => Err(USAGE.to_owned()),
     };
     match done {

@@ -75,7 +75,8 @@ pub(crate) fn rate(tokens_per_second: f64) -> String {
 /// A table of names and values, names to the left.
 pub(crate) fn table(rows: &[(&str, String)]) -> String {
     let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-    rows.iter().map(|(name, value)| format!("{name:<width$}  {value}\n")).collect()
+    let lines: Vec<String> = rows.iter().map(|(name, value)| format!("{name:<width$}  {value}")).collect();
+    lines.join("\n") + "\n"
 }
 
 /// Bytes in the unit that suits them.

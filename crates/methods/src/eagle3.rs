@@ -485,7 +485,7 @@ impl Eagle3 {
         let g = self.project(tape, &tape.input(batch.hidden_states.clone()))?;
         let half = self.embedding_half(tape, &Tensor::from_u32(device, batch.input_ids.clone()))?;
         let n = tape.rms_norm(&g, m.hidden_norm, self.eps())?;
-        let base = self.key_value(tape, &n, &half, &plan.all_rows(batch, device))?;
+        let base = self.key_value(tape, &n, &half, &Plan::all_rows(batch, device))?;
         // 2. From here on only live rows.
         let live = Tensor::from_u32(device, plan.live.clone());
         let (mut h, mut n) = (tape.gather_rows(&g, &live)?, tape.gather_rows(&n, &live)?);
@@ -519,35 +519,32 @@ impl Eagle3 {
     /// The teacher over the draft vocabulary, and what is known of the whole one.
     fn teacher(&self, teacher: &Teacher) -> Result<TeacherParts> {
         match teacher {
-            Teacher::LastHidden { hidden, argmax, logsumexp } => Ok(TeacherParts {
-                rows: hidden.clone(),
-                logits: false,
-                argmax: argmax.clone(),
-                logsumexp: logsumexp.clone(),
-            }),
+            Teacher::LastHidden { hidden, argmax, logsumexp } => {
+                let (rows, argmax) = (hidden.clone(), argmax.clone());
+                Ok(TeacherParts { rows, are_logits: false, argmax, logsumexp: logsumexp.clone() })
+            }
             Teacher::Logits(logits) => {
                 let stats = Tape::logit_stats(logits)?;
-                let empty = Params::new();
-                let tape = Tape::inference(&empty);
-                let (t, v) = logits.rows_cols();
-                // Columns of the draft vocabulary: rows of the transpose.
-                let values = logits.f32s();
-                let kept =
-                    (0..t).flat_map(|r| self.vocab.target_ids().iter().map(move |&c| r * v + c as usize));
-                let pruned: Vec<f32> = kept.map(|i| values[i]).collect();
-                let rows = Tensor::from_f32(logits.device(), pruned, &[t, self.vocab.len()])?;
-                let rows = tape.input(rows).value().clone();
                 let argmax = stats.argmax.u32s().unwrap_or_default().to_vec();
-                Ok(TeacherParts { rows, logits: true, argmax, logsumexp: stats.logsumexp })
+                let rows = self.kept_columns(logits)?;
+                Ok(TeacherParts { rows, are_logits: true, argmax, logsumexp: stats.logsumexp })
             }
         }
     }
+
+    /// The logits of the draft vocabulary: `[T, V]` to `[T, Vd]`.
+    fn kept_columns(&self, logits: &Tensor) -> Result<Tensor> {
+        let ((t, v), values) = (logits.rows_cols(), logits.f32s());
+        let row = |r: usize| self.vocab.target_ids().iter().map(move |&id| r * v + id as usize);
+        let kept = (0..t).flat_map(row).map(|i| values[i]).collect();
+        Ok(Tensor::from_f32(logits.device(), kept, &[t, self.vocab.len()])?)
+    }
 }
 
-/// The teacher of a batch: its last hidden states (or, if `logits`, its logits over the draft vocabulary).
+/// The teacher of a batch: its last hidden states, or its logits over the draft vocabulary.
 struct TeacherParts {
     rows: Tensor,
-    logits: bool,
+    are_logits: bool,
     argmax: Vec<u32>,
     logsumexp: Tensor,
 }
@@ -605,8 +602,8 @@ impl Plan {
             });
             document_of[bounds.clone()].fill(d);
             for t in (bounds.start + 1..bounds.end).filter(|&t| mask(t)) {
-                for step in 0..steps.min(t - bounds.start) {
-                    supervised[step] += 1.0;
+                for (step, supervised) in supervised.iter_mut().enumerate().take(t - bounds.start) {
+                    *supervised += 1.0;
                     if method.vocab.draft_id(argmax[t]).is_some() {
                         pairs.push((t - 1 - step) as u32);
                         rows.teacher_row.push(t as u32);
@@ -635,7 +632,7 @@ impl Plan {
     }
 
     /// Step 0 of every row: the token after it in its document (`u32::MAX` at the end), its own position.
-    fn all_rows(&self, batch: &Batch, device: Device) -> At {
+    fn all_rows(batch: &Batch, device: Device) -> At {
         let mut token: Vec<u32> = (1..=batch.n_tokens() as u32).collect();
         batch.bounds.iter().for_each(|b| token[b.end - 1] = u32::MAX);
         At::new(device, token, batch.positions.clone())
@@ -692,15 +689,15 @@ impl DraftMethod for Eagle3 {
         // 3. Head and loss, fused.
         let group_weight: Vec<f64> =
             (0..self.config.ttt_steps).map(|i| self.config.step_decay.powi(i as i32)).collect();
+        let soft_teacher = if teacher.are_logits {
+            specforge_tensor::Teacher::Logits(&teacher.rows)
+        } else {
+            specforge_tensor::Teacher::Hidden { hidden: &teacher.rows, head: &self.teacher_head }
+        };
         let stats = tape.soft_target_loss(&SoftTargetLoss {
             x: &x,
             head: self.modules.lm_head,
-            teacher: match teacher.logits {
-                true => specforge_tensor::Teacher::Logits(&teacher.rows),
-                false => {
-                    specforge_tensor::Teacher::Hidden { hidden: &teacher.rows, head: &self.teacher_head }
-                }
-            },
+            teacher: soft_teacher,
             logsumexp: &teacher.logsumexp,
             rows: &plan.rows,
             objective: self.config.objective(),

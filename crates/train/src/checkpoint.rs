@@ -92,7 +92,7 @@ impl Checkpoint {
     /// Puts the saved weights into `params`, exactly, and gives the optimizer as it was.
     pub fn restore(&self, params: &mut Params, config: AdamWConfig) -> Result<AdamW> {
         self.restore_weights(params)?;
-        let weights = Weights::open(&self.folder.join(OPTIMIZER))?;
+        let weights = Weights::open(self.folder.join(OPTIMIZER))?;
         let find = |name: &str| {
             let view = weights.get(name)?;
             Tensor::from_f32(Device::Cpu, view.to_f32(), view.shape).ok()
@@ -102,7 +102,7 @@ impl Checkpoint {
 
     /// Puts the saved weights of the draft into place.
     pub fn restore_weights(&self, params: &mut Params) -> Result<()> {
-        let weights = Weights::open(&self.draft())?;
+        let weights = Weights::open(self.draft())?;
         let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
         for id in ids {
             let param = params.get_mut(id);
@@ -178,7 +178,7 @@ impl Checkpoints {
         let name = format!("step-{:08}", state.position.step);
         let (folder, unfinished) = (self.folder.join(&name), self.folder.join(format!("{name}.tmp")));
         if !folder.exists() {
-            self.write(&unfinished, params, optimizer, state)?;
+            write(&unfinished, params, optimizer, state)?;
             fs_err::rename(&unfinished, &folder)?;
             sync_folder(&self.folder)?;
         }
@@ -188,21 +188,6 @@ impl Checkpoints {
         }
         self.rotate(state)?;
         Ok(folder)
-    }
-
-    fn write(&self, folder: &Path, params: &Params, optimizer: &AdamW, state: &State) -> Result<()> {
-        if folder.exists() {
-            fs_err::remove_dir_all(folder)?;
-        }
-        fs_err::create_dir_all(folder)?;
-        let draft: Vec<_> =
-            params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
-        write_safetensors(&folder.join(DRAFT), &draft)?;
-        let moments: Vec<_> = optimizer.state(params).iter().map(|(name, t)| file_tensor(name, t)).collect();
-        write_safetensors(&folder.join(OPTIMIZER), &moments)?;
-        let text = serde_json::to_string_pretty(state).map_err(std::io::Error::other)?;
-        write_synced(&folder.join(STATE), &text)?;
-        sync_folder(folder)
     }
 
     fn point(&self, name: &str, step: &str) -> Result<()> {
@@ -228,6 +213,22 @@ impl Checkpoints {
         }
         Ok(())
     }
+}
+
+/// Writes the files of a checkpoint into a new folder.
+fn write(folder: &Path, params: &Params, optimizer: &AdamW, state: &State) -> Result<()> {
+    if folder.exists() {
+        fs_err::remove_dir_all(folder)?;
+    }
+    fs_err::create_dir_all(folder)?;
+    let draft: Vec<_> =
+        params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
+    write_safetensors(&folder.join(DRAFT), &draft)?;
+    let moments: Vec<_> = optimizer.state(params).iter().map(|(name, t)| file_tensor(name, t)).collect();
+    write_safetensors(&folder.join(OPTIMIZER), &moments)?;
+    let text = serde_json::to_string_pretty(state).map_err(std::io::Error::other)?;
+    write_synced(&folder.join(STATE), &text)?;
+    sync_folder(folder)
 }
 
 /// A tensor as a file keeps it: bf16 as it is, everything else exactly in float32.

@@ -24,25 +24,24 @@ impl Figures {
     pub fn add(&mut self, loss: &Loss, tokens: usize) {
         self.objective += loss.objective;
         self.tokens += tokens as u64;
-        for metric in &loss.metrics {
-            match self.metrics.iter_mut().find(|(name, _)| *name == metric.name) {
-                Some((_, sums)) => {
-                    sums.iter_mut().zip(&metric.values).for_each(|(sum, &value)| *sum += value)
-                }
-                None => self.metrics.push((metric.name, metric.values.clone())),
-            }
-        }
+        loss.metrics.iter().for_each(|metric| self.add_metric(metric.name, &metric.values));
     }
 
     /// Adds other sums.
     pub fn merge(&mut self, other: &Self) {
         self.objective += other.objective;
         self.tokens += other.tokens;
-        for (name, values) in &other.metrics {
-            match self.metrics.iter_mut().find(|(n, _)| n == name) {
-                Some((_, sums)) => sums.iter_mut().zip(values).for_each(|(sum, &value)| *sum += value),
-                None => self.metrics.push((name, values.clone())),
+        other.metrics.iter().for_each(|(name, values)| self.add_metric(name, values));
+    }
+
+    fn add_metric(&mut self, name: &'static str, values: &[Ratio]) {
+        match self.metrics.iter_mut().find(|(n, _)| *n == name) {
+            Some((_, sums)) => {
+                for (sum, &value) in sums.iter_mut().zip(values) {
+                    *sum += value;
+                }
             }
+            None => self.metrics.push((name, values.to_vec())),
         }
     }
 

@@ -157,14 +157,7 @@ impl Trainer<'_> {
             });
             for micro_batches in &steps {
                 let end_of_epoch = self.state.position.epoch_step + 1 == epoch.len() as u64;
-                self.one_step(
-                    &batches,
-                    micro_batches.len(),
-                    end_of_epoch,
-                    (log, window),
-                    hooks,
-                    checkpoints,
-                )?;
+                self.one_step(&batches, micro_batches.len(), end_of_epoch, window, hooks, checkpoints)?;
                 if self.after_step(source, checkpoints, (log, window), hooks)? {
                     return Ok(Outcome::Stopped);
                 }
@@ -178,7 +171,7 @@ impl Trainer<'_> {
         batches: &Receiver<Result<Batch>>,
         n_batches: usize,
         end_of_epoch: bool,
-        (_, window): (&Log, &mut Window),
+        window: &mut Window,
         hooks: &mut dyn Hooks,
         checkpoints: &Checkpoints,
     ) -> Result<()> {
@@ -190,10 +183,8 @@ impl Trainer<'_> {
         let done = done.map_err(|e| with_last_good(e, checkpoints))?;
         let position = &mut self.state.position;
         position.step += 1;
-        (position.epoch, position.epoch_step) = match end_of_epoch {
-            true => (position.epoch + 1, 0),
-            false => (position.epoch, position.epoch_step + 1),
-        };
+        (position.epoch, position.epoch_step) =
+            if end_of_epoch { (position.epoch + 1, 0) } else { (position.epoch, position.epoch_step + 1) };
         self.state.tokens += done.figures.tokens;
         let seconds = started.elapsed().as_secs_f64();
         let (step, total) = (self.state.position.step, self.settings.total_steps);

@@ -82,9 +82,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     options.path = args.output.clone().unwrap_or(options.path);
     let folder = write(&plan, &info, method.as_ref(), &params, &options)?;
     if args.json {
-        println!("{}", json!({ "export_dir": folder }))
+        println!("{}", json!({ "export_dir": folder }));
     } else {
-        println!("{}", folder.display())
+        println!("{}", folder.display());
     }
     Ok(())
 }

@@ -82,7 +82,7 @@ fn of(path: &Path) -> Result<Value> {
 
 fn checkpoint(path: &Path) -> Result<Value> {
     let checkpoint = Checkpoint::open(path)?;
-    let weights = Weights::open(&checkpoint.draft())?;
+    let weights = Weights::open(checkpoint.draft())?;
     let state = &checkpoint.state;
     Ok(json!({
         "kind": "checkpoint",

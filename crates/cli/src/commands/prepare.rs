@@ -45,12 +45,10 @@ fn show(data: &Prepared, row: usize, tokenizer: &Tokenizer) -> Result<()> {
     }
     let mut out = std::io::stdout().lock();
     let colour = out.is_terminal() && !env::no_color();
-    let (on, off) = if colour { ("\u{1b}[30;42m", "\u{1b}[0m") } else { ("[[", "]]") };
+    let marks = if colour { ("\u{1b}[30;42m", "\u{1b}[0m") } else { ("[[", "]]") };
     for run in runs(tokenizer, data.row(row))? {
-        match run.supervised {
-            true => write!(out, "{on}{}{off}", run.text)?,
-            false => write!(out, "{}", run.text)?,
-        }
+        let (on, off) = if run.supervised { marks } else { ("", "") };
+        write!(out, "{on}{}{off}", run.text)?;
     }
     Ok(writeln!(out)?)
 }

@@ -1,6 +1,6 @@
 //! `specforge train`: a recipe to a trained draft, its acceptance length, and the folder that SGLang loads.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -38,9 +38,9 @@ use crate::show::{Progress, positions, rate, table};
 pub(crate) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// Go on from the newest checkpoint of the run, or from the given one.
-    #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1)]
-    resume: Option<Option<PathBuf>>,
+    /// Go on from the newest checkpoint of the run, or from the checkpoint folder given.
+    #[arg(long, value_name = "CHECKPOINT", num_args = 0..=1, default_missing_value = LATEST)]
+    resume: Option<String>,
     /// Throw away what an earlier run of this name left, and start afresh.
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
@@ -48,6 +48,13 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
 }
+
+/// `--resume` without a checkpoint.
+const LATEST: &str = "latest";
+/// The plan a run was started with.
+const PLAN: &str = "plan.json";
+/// The acceptance length before training.
+const UNTRAINED: &str = "untrained.json";
 
 /// `summary.json`, and what is printed at the end.
 #[derive(Debug, Serialize)]
@@ -81,19 +88,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
     let Parts { info, method, params, mut source, mut decoder } = Parts::build(&plan, &data, &held_out)?;
     let mut trainer = trainer(&plan, method.as_ref(), params, &data, (&train_rows, &held_out))?;
-    let untrained = match &resume {
-        Some(checkpoint) => {
-            take_up(&mut trainer, checkpoint, &plan)?;
-            fs_err::read(plan.run_dir.join("untrained.json"))
-                .ok()
-                .and_then(|t| serde_json::from_slice(&t).ok())
-        }
-        None => {
-            setup::write_text(&plan.run_dir.join("plan.json"), &plan.to_json())?;
-            let untrained = decoder.acceptance_length(method.as_ref(), &trainer.params)?;
-            setup::write_json(&plan.run_dir.join("untrained.json"), &untrained)?;
-            untrained
-        }
+    let untrained = if let Some(checkpoint) = &resume {
+        take_up(&mut trainer, checkpoint, &plan)?;
+        fs_err::read(plan.run_dir.join(UNTRAINED)).ok().and_then(|text| serde_json::from_slice(&text).ok())
+    } else {
+        setup::write_text(&plan.run_dir.join(PLAN), &plan.to_json())?;
+        let untrained = decoder.acceptance_length(method.as_ref(), &trainer.params)?;
+        setup::write_json(&plan.run_dir.join(UNTRAINED), &untrained)?;
+        untrained
     };
     let training = Instant::now();
     let tokens_before = trainer.state.tokens;
@@ -135,9 +137,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     setup::write_json(&plan.run_dir.join("summary.json"), &summary)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&summary)?)
+        println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
-        print_table(&summary, &plan)
+        print_table(&summary, &plan);
     }
     Ok(())
 }
@@ -145,8 +147,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// The checkpoint to go on from; a run that is there already is neither continued nor replaced without being told.
 fn clear_or_resume(args: &Args, plan: &RunPlan) -> Result<Option<Checkpoint>> {
     let folder = plan.run_dir.join("checkpoints");
-    if let Some(Some(given)) = &args.resume {
-        return Ok(Some(Checkpoint::open(given)?));
+    if let Some(given) = args.resume.as_ref().filter(|given| *given != LATEST) {
+        return Ok(Some(Checkpoint::open(Path::new(given))?));
     }
     if args.overwrite {
         // Only what a run writes; anything else in the folder stays.
@@ -156,7 +158,7 @@ fn clear_or_resume(args: &Args, plan: &RunPlan) -> Result<Option<Checkpoint>> {
                 fs_err::remove_dir_all(path)?;
             }
         }
-        for name in ["metrics.jsonl", "summary.json", "untrained.json", "plan.json"] {
+        for name in ["metrics.jsonl", "summary.json", UNTRAINED, PLAN] {
             let path = plan.run_dir.join(name);
             if path.exists() {
                 fs_err::remove_file(path)?;
@@ -166,7 +168,7 @@ fn clear_or_resume(args: &Args, plan: &RunPlan) -> Result<Option<Checkpoint>> {
     }
     let latest = if folder.exists() { Checkpoints::open(folder, 0)?.latest()? } else { None };
     match latest {
-        None if matches!(args.resume, Some(None)) => {
+        None if args.resume.is_some() => {
             eprintln!(
                 "resume    {} has no checkpoint yet: starting from the beginning",
                 plan.run_dir.display()
@@ -184,7 +186,7 @@ fn clear_or_resume(args: &Args, plan: &RunPlan) -> Result<Option<Checkpoint>> {
 
 /// Puts a checkpoint's weights and position into the trainer, if it belongs to this plan and these inputs.
 fn take_up(trainer: &mut Trainer<'_>, checkpoint: &Checkpoint, plan: &RunPlan) -> Result<()> {
-    let saved = plan.run_dir.join("plan.json");
+    let saved = plan.run_dir.join(PLAN);
     let mut differences = if saved.exists() { plan.differences(&RunPlan::read(&saved)?) } else { Vec::new() };
     let (now, before) = (&trainer.state.identity, &checkpoint.state.identity);
     for key in ["data", "target", "draft"] {

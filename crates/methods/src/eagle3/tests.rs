@@ -41,7 +41,7 @@ fn part(dir: &Path, json: &Value, file: &str, from: &str) -> Tensors {
     Tensors::read(golden_dir().join(other).join(file))
 }
 
-fn draft(config: &Value, method: Config, weights: &Tensors, frozen_head: Tensor) -> (Eagle3, Params) {
+fn draft(config: &Value, method: &Config, weights: &Tensors, frozen_head: Tensor) -> (Eagle3, Params) {
     let mut dims = Dims::from_json(config).expect("the case's config");
     let head_norm = config["norm_output"].as_bool().unwrap_or(true);
     dims.norm_output = false;
@@ -57,7 +57,7 @@ fn draft(config: &Value, method: Config, weights: &Tensors, frozen_head: Tensor)
     };
     let frozen = Frozen { embedding: tensor(weights, "embed_tokens.weight"), head: frozen_head };
     let capture = Capture { layers: vec![0, 1, 2], last_hidden: true };
-    let mut eagle3 = Eagle3::over(&method, dims, capture, &frozen, vocab, &params).expect("a draft");
+    let mut eagle3 = Eagle3::over(method, dims, capture, &frozen, vocab, &params).expect("a draft");
     eagle3.head_norm = head_norm;
     (eagle3, params)
 }
@@ -132,7 +132,7 @@ fn load(dir: &Path) -> Case {
         part(dir, &json, "inputs.safetensors", "inputs_from")
     };
     let head = head_of(&inputs, &json);
-    let (method, params) = draft(&config, method_config(&json), &weights, head.clone());
+    let (method, params) = draft(&config, &method_config(&json), &weights, head.clone());
     let batch = batch(&inputs, &head);
     Case { method, params, batch, outputs: Tensors::read(dir.join("outputs.safetensors")), json }
 }
@@ -305,7 +305,7 @@ fn golden_serving_logits() {
         let weights = Tensors::read(dir.join("model.safetensors"));
         let expected = Tensors::read(dir.join("expected.safetensors"));
         let head = tensor(&weights, "embed_tokens.weight");
-        let (mut method, params) = draft(&config, Config::default(), &weights, head);
+        let (mut method, params) = draft(&config, &Config::default(), &weights, head);
         method.dims = Dims::from_json(&config).expect("the config");
         method.head_norm = true;
         let mut drafter = method.drafter(&params).expect("a drafter");
@@ -420,7 +420,7 @@ fn document(batch: &Batch, bounds: &Range<usize>) -> Batch {
     let lse = logsumexp.to_f32()[bounds.clone()].to_vec();
     Batch {
         rows: vec![0],
-        bounds: vec![0..bounds.len()],
+        bounds: std::iter::once(0..bounds.len()).collect(),
         input_ids: batch.input_ids[bounds.clone()].to_vec(),
         loss_mask: batch.loss_mask[bounds.clone()].to_vec(),
         positions: batch.positions[bounds.clone()].to_vec(),
@@ -457,7 +457,7 @@ fn golden_a_tree_of_proposals_equals_its_branches() {
     let expected = Tensors::read(dir.join("expected.safetensors"));
     let config = case_json(dir.join("config.json"));
     let (method, params) =
-        draft(&config, Config::default(), &weights, tensor(&weights, "embed_tokens.weight"));
+        draft(&config, &Config::default(), &weights, tensor(&weights, "embed_tokens.weight"));
     let ids: Vec<u32> = expected.i64("step0.input_ids").1.iter().map(|&t| t as u32).collect();
     let aux = tensor(&expected, "aux");
     let mut tree = method.drafter(&params).expect("a drafter");

@@ -1,10 +1,6 @@
 //! Matrix products over the `gemm` crate. Threads split the output by rows (or, for a few rows, by columns) at
 //! places that depend on the shapes alone, and each part is computed by one thread: same bits on any machine size.
 #![expect(
-    clippy::inline_always,
-    reason = "a loop is vectorised only where it is inlined into the dispatched body"
-)]
-#![expect(
     unsafe_code,
     reason = "the gemm crate takes raw pointers; Mat and gemm_into check every bound first"
 )]
