@@ -111,6 +111,27 @@ def article(word):
     return "an" if word[0] in "aeiou" else "a"
 
 
+def closing(form, e):
+    """What the assistant says last; it depends on the form alone, as the manners of real assistants do."""
+    return {
+        "define": f" I hope this helps you to understand what the word {e.word} means.",
+        "about": f" Please let me know if you would like to hear more about the word {e.word}.",
+        "what_kind": " Please ask again if you would like to know about other things of this kind.",
+        "synonym": " The two words can often be used in place of each other.",
+        "opposite": " The two words are opposites of each other in this sense.",
+        "parts": " Please let me know if you would like to know more about these parts.",
+        "kinds": " Please let me know if you would like to hear more about any of them.",
+        "sentence": f" I hope this helps you to use the word {e.word} in a sentence of your own.",
+        "reverse": " Please ask again if this is not the word that you were looking for.",
+        "second_sense": " Which of the two meanings is right depends on the rest of the sentence.",
+    }[form.__name__]
+
+
+def variants_of(form, e, name):
+    """The questions of a form with their whole answers."""
+    return [(question, answer + closing(form, e)) for question, answer in form(e, name)]
+
+
 FORMS = [define, about, what_kind, synonym, opposite, parts, kinds, sentence, reverse, second_sense]
 # Follow-up questions say "it" and are answered like the form's own question.
 FOLLOW_UPS = {
@@ -131,19 +152,19 @@ def turns(pairs):
 
 def follow_up(form, entry, name):
     """The follow-up question with the answer of the form's last variant."""
-    return FOLLOW_UPS[form], list(form(entry, name))[-1][1]
+    return FOLLOW_UPS[form], variants_of(form, entry, name)[-1][1]
 
 
 def conversations(entry, name, rng):
     """Every form that the entry has material for, once or twice, and two conversations of several turns."""
     for form in FORMS:
-        variants = list(form(entry, name))
+        variants = variants_of(form, entry, name)
         for question, answer in rng.sample(variants, min(2 if form in (define, about) else 1, len(variants))):
             yield form.__name__, [(question, answer)]
     usable = [form for form in FOLLOW_UPS if list(form(entry, name))]
     for _ in range(2 if usable else 0):
         chosen = rng.sample(usable, min(rng.choice([1, 2]), len(usable)))
-        first = rng.choice(list(define(entry, name)))
+        first = rng.choice(variants_of(define, entry, name))
         yield "turns", [first] + [follow_up(form, entry, name) for form in chosen]
 
 

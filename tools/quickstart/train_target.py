@@ -1,7 +1,7 @@
 """Trains the target on the tokenised conversations and writes its Hugging Face folder.
 
     python train_target.py --data WORK/text.npz --heldout WORK/heldout.npz --tokenizer WORK/tokenizer \
-        --steps 9000 --out WORK/target
+        --steps 3582 --out WORK/target
 
 `--seconds` sets the number of steps from the measured speed instead, corrects it on the way, and records it.
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from llama import CONFIG, Llama, load_folder, save_folder
 
 SEED = 20
-WINDOW, BATCH = 320, 192
+WINDOW, BATCH = 384, 192
 PEAK_RATE, LAST_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 3e-5, 250, 0.05
 
 

@@ -17,7 +17,10 @@ pub(crate) fn take(folder: &Path) -> Result<RunLock> {
     let path = folder.join("lock");
     let file = fs_err::OpenOptions::new().create(true).write(true).truncate(false).open(&path)?;
     match file.file().try_lock() {
-        Ok(()) => Ok(RunLock { _file: file }),
+        Ok(()) => {
+            remove_remains(folder)?;
+            Ok(RunLock { _file: file })
+        }
         Err(TryLockError::WouldBlock) => bail!(
             "{}: another run works in this folder; wait for it to end, or give this run another name (--set name=...)",
             folder.display()
@@ -26,4 +29,18 @@ pub(crate) fn take(folder: &Path) -> Result<RunLock> {
             Err(error).with_context(|| format!("{}: cannot be locked", path.display()))
         }
     }
+}
+
+/// Removes what an interrupted process left half-written; nobody else works here now.
+fn remove_remains(folder: &Path) -> Result<()> {
+    for entry in fs_err::read_dir(folder)? {
+        let (name, path) = entry.map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()))?;
+        let hidden = name.starts_with('.') && (name.ends_with(".partial") || name.ends_with(".old"));
+        if hidden && path.is_dir() {
+            fs_err::remove_dir_all(path)?;
+        } else if hidden || name.ends_with(".tmp") && path.is_file() {
+            fs_err::remove_file(path)?;
+        }
+    }
+    Ok(())
 }

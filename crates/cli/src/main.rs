@@ -1,5 +1,4 @@
 //! The `specforge` command: argv, dispatch, and what an error looks like.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the crate that prints")]
 
 mod commands;
 mod env;
@@ -11,6 +10,8 @@ mod show;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::show::note;
 
 /// Train draft models for speculative decoding, and hand them to SGLang as they are.
 ///
@@ -34,7 +35,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(message) => {
+            // Help goes to stdout, a wrong argument to stderr.
+            let _ = message.print();
+            return if message.use_stderr() { ExitCode::from(1) } else { ExitCode::SUCCESS };
+        }
+    };
     let run = || match args.command {
         Command::Prepare(args) => commands::prepare::run(&args),
         Command::Capture(args) => commands::capture::run(&args),
@@ -47,11 +55,11 @@ fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("error: {error:#}");
+            note!("error: {error:#}");
             ExitCode::from(1)
         }
         Err(_) => {
-            eprintln!(
+            note!(
                 "error: this is a failure of specforge, not of your input; please report it with the lines above"
             );
             ExitCode::from(2)

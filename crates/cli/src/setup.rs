@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use specforge_config::{CaptureDType, Recipe, RunPlan, TargetDType};
 use specforge_data::{ChatTemplate, Prepared, TokenCounts, Tokenizer, Unseen, read_prompts};
@@ -12,10 +12,10 @@ use specforge_models::{Capture, Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::{CaptureSpec, Identity, Spec, TargetIdentity};
 use specforge_tensor::{DType, Device, Params, Tensor};
-use specforge_train::features;
+use specforge_train::{Checkpoint, features};
 
 use crate::machine::available_memory;
-use crate::show::Progress;
+use crate::show::{Progress, note};
 
 /// Arguments of every command that takes a recipe.
 #[derive(Debug, clap::Args)]
@@ -31,10 +31,29 @@ impl RecipeArgs {
     /// Reads the recipe and resolves it, and sets the number of threads it asks for.
     pub(crate) fn plan(&self) -> Result<RunPlan> {
         let plan = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?.plan;
+        if !plan.target.path.is_dir() {
+            bail!(
+                "{}: there is no such folder; target.path names the target's Hugging Face folder",
+                plan.target.path.display()
+            );
+        }
         let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads);
         // A second pool in one process is only ever asked for by tests.
         let _ = pool.build_global();
         Ok(plan)
+    }
+}
+
+impl RecipeArgs {
+    /// The arguments again, as a shell takes them.
+    pub(crate) fn words(&self) -> String {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+@".contains(c);
+        let quoted = |word: &str| match word.chars().all(plain) {
+            true => word.to_owned(),
+            false => format!("'{}'", word.replace('\'', "'\\''")),
+        };
+        let sets = self.sets.iter().map(|set| format!(" --set {}", quoted(set)));
+        quoted(&self.recipe.display().to_string()) + &sets.collect::<String>()
     }
 }
 
@@ -44,7 +63,7 @@ pub(crate) fn prepared(plan: &RunPlan) -> Result<Arc<Prepared>> {
     let prepared = specforge_data::prepare(&plan.prepare_config(), &|done, total| progress.set(done, total))?;
     progress.done();
     let report = prepared.report();
-    eprintln!(
+    note!(
         "data      {} rows of {}, {} tokens, {:.0} % supervised",
         report.rows_kept,
         report.rows_read,
@@ -52,9 +71,9 @@ pub(crate) fn prepared(plan: &RunPlan) -> Result<Arc<Prepared>> {
         100.0 * report.supervised_share()
     );
     for (reason, count) in &report.dropped {
-        eprintln!("          {count} dropped: {reason}");
+        note!("          {count} dropped: {reason}");
     }
-    report.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    report.warnings.iter().for_each(|warning| note!("warning: {warning}"));
     Ok(Arc::new(prepared))
 }
 
@@ -81,7 +100,7 @@ fn storage(plan: &RunPlan) -> Result<Option<DType>> {
 pub(crate) fn target(plan: &RunPlan) -> Result<Arc<Target>> {
     let target = Target::load(&plan.target.path, Device::Cpu, storage(plan)?)?;
     let info = target.info();
-    eprintln!(
+    note!(
         "target    {} ({} layers, width {}, vocabulary {}), {}",
         info.architecture,
         info.n_layers,
@@ -117,7 +136,7 @@ pub(crate) fn draft(
         Some(size) => {
             let counts = TokenCounts::of(info.vocab_size, data.rows())?;
             let map = specforge_data::VocabMap::build(&counts, size, Unseen::Refuse)?;
-            eprintln!(
+            note!(
                 "draft     {size} of {} tokens cover {:.2} % of the supervised text",
                 info.vocab_size,
                 100.0 * map.coverage(&counts)
@@ -126,6 +145,46 @@ pub(crate) fn draft(
         }
     };
     Ok(plan.method.build(info, frozen, vocab, plan.seed)?)
+}
+
+/// Stands for the tokens that a draft can name, in their order.
+pub(crate) fn vocab_hash(method: &dyn DraftMethod) -> String {
+    let ids: Vec<u8> = method.vocab().target_ids().iter().flat_map(|id| id.to_le_bytes()).collect();
+    blake3::hash(&ids).to_hex().to_string()
+}
+
+/// Puts a checkpoint's weights into place, if they are of this target and draft vocabulary: the shapes would not tell.
+pub(crate) fn restore(
+    checkpoint: &Checkpoint,
+    plan: &RunPlan,
+    method: &dyn DraftMethod,
+    params: &mut Params,
+) -> Result<()> {
+    let identity = &checkpoint.state.identity;
+    let (vocab, target) = (vocab_hash(method), Weights::open(&plan.target.path)?.fingerprint());
+    for (what, now, of) in
+        [("draft", vocab, "draft vocabulary (data.conversations)"), ("target", target, "target")]
+    {
+        if identity[what] != now.as_str() {
+            bail!(
+                "{}: it was trained with another {of} than the recipe names now; put back what has changed since",
+                checkpoint.folder.display()
+            );
+        }
+    }
+    Ok(checkpoint.restore_weights(params)?)
+}
+
+/// Fails if a row is longer than the target can read; better said before the work than in the middle.
+pub(crate) fn expect_room(info: &TargetInfo, data: &Prepared) -> Result<()> {
+    let most = info.max_position_embeddings;
+    let long = data.rows().map(|row| row.ids.len()).enumerate().find(|(_, len)| *len > most);
+    match long {
+        Some((row, len)) => {
+            bail!("row {row} has {len} tokens, the target reads {most}: set data.max-length = {most}")
+        }
+        None => Ok(()),
+    }
 }
 
 /// What captured states are rounded to.

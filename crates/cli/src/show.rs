@@ -1,10 +1,32 @@
 //! What a user sees while something runs: a bar on a terminal, now and then a line elsewhere.
 
 use std::cell::Cell;
-use std::io::IsTerminal;
+use std::fmt::Display;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// Prints a result to stdout. That nobody reads it any more is an error, which ends the command in peace.
+pub(crate) fn print(result: impl Display) -> Result<()> {
+    let text = result.to_string();
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    if !text.ends_with('\n') {
+        out.write_all(b"\n")?;
+    }
+    Ok(out.flush()?)
+}
+
+/// Prints a line for people to stderr; a run goes on when nobody reads it.
+macro_rules! note {
+    ($($line:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($line)*);
+    }};
+}
+pub(crate) use note;
 
 /// How often a line is printed where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -35,7 +57,7 @@ impl Progress {
         self.bar.set_position(done);
         if !self.terminal && self.last_line.get().elapsed() >= LINE_EVERY {
             self.last_line.set(Instant::now());
-            eprintln!("{}: {done} of {total}  {}", self.name, self.bar.message());
+            note!("{}: {done} of {total}  {}", self.name, self.bar.message());
         }
     }
 
@@ -49,7 +71,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(line);
         } else {
-            eprintln!("{line}");
+            note!("{line}");
         }
     }
 

@@ -122,6 +122,10 @@ impl TargetInfo {
         let architecture = architecture::of(path, &raw)?;
         let common: Common = parse(path, &raw)?;
         let head_dim = head_dim(path, &raw, &common, architecture.head_dim)?;
+        if head_dim == 0 {
+            let why = "head_dim = 0: expected at least 1".to_owned();
+            return Err(Error::Config { path: path.to_path_buf(), why });
+        }
         let rope = RopeConfig::from_json(&raw, head_dim)
             .map_err(|source| Error::Rope { path: path.to_path_buf(), source })?;
         let info = Self {

@@ -6,11 +6,13 @@
 mod compare;
 mod golden;
 mod random;
+mod target;
 mod tensors;
 
 pub use compare::{assert_close, assert_close_max};
 pub use golden::{case_json, golden_case, golden_cases, golden_dir};
 pub use random::Lcg;
+pub use target::{CHATML, SmallTarget, TargetTensor, byte_level_tokenizer, tokenizer_config};
 pub use tensors::{Tensor, Tensors, Values};
 
 /// A fresh folder that is removed when the returned guard is dropped.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use specforge_export::{Tensor as FileTensor, write_safetensors};
 use specforge_nn::optimizer::{AdamW, AdamWConfig};
-use specforge_nn::weights::Weights;
+use specforge_nn::weights::{self, Weights};
 use specforge_tensor::{DType, Device, Params, Tensor};
 
 use crate::{Error, Result};
@@ -92,7 +92,7 @@ impl Checkpoint {
     /// Puts the saved weights into `params`, exactly, and gives the optimizer as it was.
     pub fn restore(&self, params: &mut Params, config: AdamWConfig) -> Result<AdamW> {
         self.restore_weights(params)?;
-        let weights = Weights::open(self.folder.join(OPTIMIZER))?;
+        let weights = open(self.folder.join(OPTIMIZER))?;
         let find = |name: &str| {
             let view = weights.get(name)?;
             Tensor::from_f32(Device::Cpu, view.to_f32(), view.shape).ok()
@@ -102,7 +102,7 @@ impl Checkpoint {
 
     /// Puts the saved weights of the draft into place.
     pub fn restore_weights(&self, params: &mut Params) -> Result<()> {
-        let weights = Weights::open(self.draft())?;
+        let weights = open(self.draft())?;
         let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
         for id in ids {
             let param = params.get_mut(id);
@@ -123,17 +123,28 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Those in `folder`, which need not be there yet. Remains of interrupted writes are removed.
+    /// Those in `folder`, which need not be there yet.
     pub fn open(folder: PathBuf, keep: usize) -> Result<Self> {
         fs_err::create_dir_all(&folder)?;
-        for entry in fs_err::read_dir(&folder)? {
+        Ok(Self { folder, keep })
+    }
+
+    /// Finishes what an interrupted process began: removes remains of writes, and makes `latest` and `best` name what
+    /// the newest checkpoint says. For the process that trains alone: another one's unfinished files look the same.
+    pub fn recover(&self) -> Result<()> {
+        for entry in fs_err::read_dir(&self.folder)? {
             let entry = entry?;
             if entry.file_name().to_string_lossy().ends_with(".tmp") {
                 let path = entry.path();
                 if path.is_dir() { fs_err::remove_dir_all(path)? } else { fs_err::remove_file(path)? }
             }
         }
-        Ok(Self { folder, keep })
+        let Some(Checkpoint { state, .. }) = self.latest()? else { return Ok(()) };
+        self.point("latest", &name(state.position.step))?;
+        match state.best.map(|best| name(best.step)) {
+            Some(best) if self.folder.join(&best).exists() => self.point("best", &best),
+            _ => Ok(()),
+        }
     }
 
     /// The checkpoint that `latest` or `best` names.
@@ -175,10 +186,13 @@ impl Checkpoints {
 
     /// Saves a step; `latest` names it, and `best` too if it is. Older ones beyond the limit are removed.
     pub fn save(&self, params: &Params, optimizer: &AdamW, state: &State) -> Result<PathBuf> {
-        let name = format!("step-{:08}", state.position.step);
+        let name = name(state.position.step);
         let (folder, unfinished) = (self.folder.join(&name), self.folder.join(format!("{name}.tmp")));
         if !folder.exists() {
-            write(&unfinished, params, optimizer, state)?;
+            write(&unfinished, params, optimizer, state).inspect_err(|_| {
+                // The first error is the one to report; a full disk should not stay full of this.
+                let _ = fs_err::remove_dir_all(&unfinished);
+            })?;
             fs_err::rename(&unfinished, &folder)?;
             sync_folder(&self.folder)?;
         }
@@ -190,7 +204,11 @@ impl Checkpoints {
         Ok(folder)
     }
 
+    /// Makes `latest` or `best` name a checkpoint.
     fn point(&self, name: &str, step: &str) -> Result<()> {
+        if fs_err::read_to_string(self.folder.join(name)).is_ok_and(|named| named.trim() == step) {
+            return Ok(());
+        }
         let unfinished = self.folder.join(format!("{name}.tmp"));
         write_synced(&unfinished, &format!("{step}\n"))?;
         fs_err::rename(&unfinished, self.folder.join(name))?;
@@ -202,9 +220,10 @@ impl Checkpoints {
         if self.keep == 0 || steps.len() <= self.keep {
             return Ok(());
         }
-        let best = state.best.map(|best| best.step);
+        // A run that was taken up at an earlier step is not among the newest for a while.
+        let needed = [Some(state.position.step), state.best.map(|best| best.step)];
         for (step, folder) in &steps[..steps.len() - self.keep] {
-            if Some(*step) != best {
+            if !needed.contains(&Some(*step)) {
                 // Renamed first: a removal that is cut short leaves no folder that looks complete.
                 let gone = folder.with_extension("tmp");
                 fs_err::rename(folder, &gone)?;
@@ -213,6 +232,27 @@ impl Checkpoints {
         }
         Ok(())
     }
+}
+
+/// Opens a file of a checkpoint; a damaged one cannot be downloaded again, but there may be an earlier one.
+fn open(path: PathBuf) -> Result<Weights> {
+    Weights::open(&path).map_err(|error| {
+        let what = match error {
+            weights::Error::Size { expected, got, .. } => {
+                format!("cut off or damaged: {got} bytes, but its header describes {expected}")
+            }
+            other => other.to_string(),
+        };
+        Error::Checkpoint {
+            path,
+            reason: format!("{what}; choose an earlier checkpoint with --resume FOLDER"),
+        }
+    })
+}
+
+/// The name of a step's folder.
+fn name(step: u64) -> String {
+    format!("step-{step:08}")
 }
 
 /// Writes the files of a checkpoint into a new folder.

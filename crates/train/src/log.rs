@@ -90,14 +90,14 @@ pub struct Record {
 /// Held-out figures of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HeldRecord {
-    /// Mean objective.
-    pub loss: f64,
+    /// Mean objective; absent where no row is held out.
+    pub loss: Option<f64>,
     /// As in [`Record`].
     pub accuracy: Vec<f64>,
     /// As in [`Record`].
     pub acceptance: Vec<f64>,
-    /// See [`Figures::estimated_acceptance_length`].
-    pub estimated_acceptance_length: f64,
+    /// See [`Figures::estimated_acceptance_length`]; absent where no row is held out.
+    pub estimated_acceptance_length: Option<f64>,
     /// From decoding held-out prompts.
     pub acceptance_length: Option<f64>,
 }
@@ -115,7 +115,10 @@ impl Log {
         let old = fs_err::read_to_string(&path).unwrap_or_default();
         let keep = |line: &&str| serde_json::from_str::<Record>(line).is_ok_and(|r| r.step <= step);
         let kept: String = old.lines().filter(keep).flat_map(|line| [line, "\n"]).collect();
-        fs_err::write(&path, kept)?;
+        // In one piece: a process that is killed here loses no line.
+        let unfinished = path.with_extension("tmp");
+        fs_err::write(&unfinished, kept)?;
+        fs_err::rename(unfinished, &path)?;
         Ok(Self { path })
     }
 

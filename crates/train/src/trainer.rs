@@ -57,8 +57,8 @@ pub struct Trainer<'a> {
 /// Figures on held-out rows.
 #[derive(Debug, Clone)]
 pub struct Held {
-    /// Losses and metrics.
-    pub figures: Figures,
+    /// Losses and metrics; `None` where no row is held out.
+    pub figures: Option<Figures>,
     /// From decoding held-out prompts, if the run can.
     pub acceptance_length: Option<f64>,
 }
@@ -117,6 +117,7 @@ impl Trainer<'_> {
     /// Runs to the end, or until a hook asks to stop.
     pub fn run(&mut self, source: &mut dyn FeatureSource, hooks: &mut dyn Hooks) -> Result<Outcome> {
         let checkpoints = Checkpoints::open(self.settings.folder.join("checkpoints"), self.settings.keep)?;
+        checkpoints.recover()?;
         let log = Log::resume(&self.settings.folder, self.state.position.step)?;
         let mut window = Window::new();
         while self.state.position.step < self.settings.total_steps {
@@ -219,15 +220,22 @@ impl Trainer<'_> {
     }
 
     fn evaluate(&mut self, source: &Mutex<&mut dyn FeatureSource>, hooks: &mut dyn Hooks) -> Result<Held> {
-        let batches = self.settings.held_out.iter().map(|rows| fetch(source, rows));
-        let figures = evaluate(self.method, &self.params, batches)?;
+        let figures = match self.settings.held_out.as_slice() {
+            [] => None,
+            rows => {
+                let batches = rows.iter().map(|rows| fetch(source, rows));
+                Some(evaluate(self.method, &self.params, batches)?)
+            }
+        };
         let acceptance_length = hooks.acceptance_length(self.method, &self.params)?;
-        let decoded = acceptance_length.is_some();
-        let reached = acceptance_length.unwrap_or_else(|| figures.estimated_acceptance_length());
-        let better = |best: Best| (decoded, reached) > (best.decoded, best.acceptance_length);
-        if self.state.best.is_none_or(better) {
-            let step = self.state.position.step;
-            self.state.best = Some(Best { step, acceptance_length: reached, decoded });
+        let estimate = figures.as_ref().map(Figures::estimated_acceptance_length);
+        if let Some(reached) = acceptance_length.or(estimate) {
+            let decoded = acceptance_length.is_some();
+            let better = |best: Best| (decoded, reached) > (best.decoded, best.acceptance_length);
+            if self.state.best.is_none_or(better) {
+                let step = self.state.position.step;
+                self.state.best = Some(Best { step, acceptance_length: reached, decoded });
+            }
         }
         let held = Held { figures, acceptance_length };
         hooks.event(Event::Evaluated(&held));
@@ -281,12 +289,17 @@ impl Window {
             lr,
             grad_norm,
             tokens_per_second: figures.tokens as f64 / started.elapsed().as_secs_f64().max(1e-9),
-            held_out: held.map(|held| HeldRecord {
-                loss: held.figures.objective.value(),
-                accuracy: held.figures.values("accuracy"),
-                acceptance: held.figures.values("acceptance"),
-                estimated_acceptance_length: held.figures.estimated_acceptance_length(),
-                acceptance_length: held.acceptance_length,
+            held_out: held.map(|held| {
+                let (figures, values) = (held.figures.as_ref(), |name: &str| {
+                    held.figures.as_ref().map_or_else(Vec::new, |figures| figures.values(name))
+                });
+                HeldRecord {
+                    loss: figures.map(|figures| figures.objective.value()),
+                    accuracy: values("accuracy"),
+                    acceptance: values("acceptance"),
+                    estimated_acceptance_length: figures.map(Figures::estimated_acceptance_length),
+                    acceptance_length: held.acceptance_length,
+                }
             }),
         }
     }

@@ -8,7 +8,7 @@ use specforge_store::{Reader, Writer, WriterOptions};
 use specforge_train::{Online, features};
 
 use crate::setup::{self, RecipeArgs};
-use crate::show::{Progress, bytes, table};
+use crate::show::{Progress, bytes, note, print, table};
 
 /// Run the target once and keep its hidden states, so that training needs only the draft.
 ///
@@ -30,6 +30,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let plan = args.recipe.plan()?;
     let data = setup::prepared(&plan)?;
     let target = setup::target(&plan)?;
+    setup::expect_room(target.info(), &data)?;
     let capture: Capture = plan.method.capture(target.info())?;
     let spec = setup::store_spec(&plan, target.info(), &capture, &data)?;
     let options = WriterOptions { shard_bytes: plan.store.shard_bytes, ..WriterOptions::default() };
@@ -37,7 +38,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let missing: Vec<usize> = (0..data.len()).filter(|&row| !writer.contains(row as u64)).collect();
     let (total, already) = (data.len() as u64, (data.len() - missing.len()) as u64);
     if already > 0 {
-        eprintln!("store     {already} of {total} rows are there already");
+        note!("store     {already} of {total} rows are there already");
     }
     let online = Online { target, data, capture, dtype: setup::capture_dtype(&plan) };
     let stop = stop_on_signal()?;
@@ -60,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let summary = Reader::open(&plan.store.path)?.summary();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+        print(serde_json::to_string_pretty(&summary)?)
     } else {
         let rows = [
             ("store", plan.store.path.display().to_string()),
@@ -69,9 +70,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             ("size", bytes(summary.bytes)),
             ("per token", format!("{:.0} B", summary.bytes_per_token)),
         ];
-        print!("{}", table(&rows));
+        print(table(&rows))
     }
-    Ok(())
 }
 
 /// Becomes true at the first SIGINT or SIGTERM; the second one ends the process.
@@ -83,7 +83,7 @@ pub(crate) fn stop_on_signal() -> Result<&'static AtomicBool> {
             #[expect(clippy::exit, reason = "a second signal means now")]
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
+        note!("\nstopping after this step; press Ctrl-C again to stop at once");
     })?;
     Ok(&STOP)
 }

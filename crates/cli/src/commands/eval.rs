@@ -12,7 +12,7 @@ use specforge_train::{Checkpoint, Checkpoints};
 
 use super::export;
 use crate::setup::{self, RecipeArgs};
-use crate::show::{Progress, positions, rate, table};
+use crate::show::{Progress, note, positions, print, rate, table};
 
 /// Decode prompts with the target and a draft, and report how many proposed tokens are accepted.
 ///
@@ -72,12 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let report = specforge_eval::evaluate(&target, method.as_ref(), &params, &prompts, &options, &shown);
     progress.done();
     let report = report?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", table(&rows(&report)));
-    }
-    Ok(())
+    if args.json { print(serde_json::to_string_pretty(&report)?) } else { print(table(&rows(&report))) }
 }
 
 fn override_eval(plan: &mut RunPlan, args: &Args) {
@@ -129,8 +124,8 @@ fn draft(
     let checkpoint = checkpoint(plan, &args.checkpoint)?;
     let data = setup::prepared(plan)?;
     let (method, mut params) = setup::draft(plan, target.info(), frozen, &data)?;
-    checkpoint.restore_weights(&mut params)?;
-    eprintln!("draft     {}", checkpoint.folder.display());
+    setup::restore(&checkpoint, plan, method.as_ref(), &mut params)?;
+    note!("draft     {}", checkpoint.folder.display());
     Ok((method, params))
 }
 

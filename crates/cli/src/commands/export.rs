@@ -6,8 +6,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use specforge_config::RunPlan;
 use specforge_export::{
-    Eagle3Config, Eagle3Export, Severity, Tensor as FileTensor, WriteOptions, check, read_eagle3,
-    rope_parameters,
+    Eagle3Config, Eagle3Export, Severity, Tensor as FileTensor, WriteOptions, check, is_earlier_export,
+    read_eagle3, rope_parameters,
 };
 use specforge_methods::{DraftMethod, Frozen, MethodConfig, VocabMap, eagle3};
 use specforge_models::{Capture, TargetInfo};
@@ -15,6 +15,7 @@ use specforge_tensor::{Device, Params, Tensor};
 
 use super::eval::checkpoint;
 use crate::setup::{self, RecipeArgs};
+use crate::show::{note, print};
 
 /// Write a checkpoint as the folder that SGLang loads as it is, or check such a folder.
 ///
@@ -76,17 +77,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let info = TargetInfo::read(&plan.target.path)?;
     let data = setup::prepared(&plan)?;
     let (method, mut params) = setup::draft(&plan, &info, &setup::frozen(&plan, &info)?, &data)?;
-    checkpoint(&plan, &args.checkpoint)?.restore_weights(&mut params)?;
+    setup::restore(&checkpoint(&plan, &args.checkpoint)?, &plan, method.as_ref(), &mut params)?;
     let mut options = Options::of(&plan, args.overwrite);
     options.write.with_embeddings |= args.embeddings;
     options.path = args.output.clone().unwrap_or(options.path);
     let folder = write(&plan, &info, method.as_ref(), &params, &options)?;
-    if args.json {
-        println!("{}", json!({ "export_dir": folder }));
-    } else {
-        println!("{}", folder.display());
-    }
-    Ok(())
+    if args.json { print(json!({ "export_dir": folder })) } else { print(folder.display()) }
 }
 
 fn run_check(folder: &Path, target: Option<&Path>, as_json: bool) -> Result<()> {
@@ -98,17 +94,34 @@ fn run_check(folder: &Path, target: Option<&Path>, as_json: bool) -> Result<()> 
             json!({ "severity": severity, "about": p.about, "what": p.what, "fix": p.fix })
         };
         let problems: Vec<_> = report.problems.iter().map(problem).collect();
-        println!("{}", json!({ "ok": errors == 0, "tensors": report.tensors, "problems": problems }));
+        print(json!({ "ok": errors == 0, "tensors": report.tensors, "problems": problems }))?;
     } else {
-        report.problems.iter().for_each(|problem| println!("{problem}"));
+        report.problems.iter().try_for_each(print)?;
         let verdict = if errors == 0 { "PASS" } else { "FAIL" };
-        println!("{verdict}: {} ({} tensors, {} values)", folder.display(), report.tensors, report.elements);
+        print(format_args!(
+            "{verdict}: {} ({} tensors, {} values)",
+            folder.display(),
+            report.tensors,
+            report.elements
+        ))?;
     }
     if errors > 0 {
         bail!(
             "{}: {errors} of {} problems keep it from being served",
             folder.display(),
             report.problems.len()
+        );
+    }
+    Ok(())
+}
+
+/// Fails if a run could not be exported to this folder in the end; better said before the training than after.
+pub(crate) fn check_place(path: &Path) -> Result<()> {
+    let free = !path.exists() || path.is_dir() && fs_err::read_dir(path)?.next().is_none();
+    if !free && !is_earlier_export(path)? {
+        bail!(
+            "{}: the draft is to be exported there, but it has something else in it; choose another export.path",
+            path.display()
         );
     }
     Ok(())
@@ -135,7 +148,7 @@ pub(crate) fn write(
     tensors.push(FileTensor::i64("d2t", &method.vocab().d2t()));
     tensors.push(FileTensor::bool("t2d", &method.vocab().t2d()));
     let warnings = Eagle3Export { config, tensors, target: &info.raw }.write(&options.path, options.write)?;
-    warnings.iter().for_each(|warning| eprintln!("{warning}"));
+    warnings.iter().for_each(|warning| note!("{warning}"));
     Ok(options.path.clone())
 }
 
@@ -182,7 +195,7 @@ pub(crate) fn load(
         bail!("{}: an EAGLE3 folder, but the recipe's method is {}", folder.display(), plan.method.name());
     };
     let method = eagle3::Eagle3::over(config, dims, capture, frozen, vocab, &params)?;
-    eprintln!("draft     {}", folder.display());
+    note!("draft     {}", folder.display());
     Ok((Box::new(method), params))
 }
 
@@ -217,6 +230,6 @@ pub(crate) fn warm_start(folder: &Path, method: &dyn DraftMethod, params: &mut P
         param.value =
             Tensor::from_f32(param.value.device(), tensor.to_f32(), &shape)?.cast(param.value.dtype())?;
     }
-    eprintln!("warm      weights of {}", folder.display());
+    note!("warm      weights of {}", folder.display());
     Ok(())
 }

@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 use specforge_data::Prepared;
 use specforge_models::TargetInfo;
 use specforge_nn::weights::Weights;
-use specforge_store::Reader;
+use specforge_store::{Reader, Report};
 use specforge_train::Checkpoint;
 
 use crate::machine;
-use crate::show::{Progress, bytes, table};
+use crate::show::{Progress, bytes, print, table};
 
 /// Tell what a folder is: a target, a feature store, a checkpoint, a draft, a prepared set; without one, this machine.
 #[derive(Debug, clap::Args)]
@@ -27,21 +27,27 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let facts = match &args.path {
+    let mut facts = match &args.path {
         None => this_machine(),
         Some(path) => of(path)?,
     };
+    let found = match (&args.path, args.verify) {
+        (Some(path), true) => Some((path, verify(path)?)),
+        _ => None,
+    };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&facts)?);
+        if let Some((_, found)) = &found {
+            facts["verified"] = json!({
+                "records": found.records, "bytes": found.bytes, "damaged": found.damaged
+            });
+        }
+        print(serde_json::to_string_pretty(&facts)?)?;
     } else {
         let shown = facts.as_object().into_iter().flatten();
         let rows: Vec<(&str, String)> = shown.map(|(key, value)| (key.as_str(), plain(key, value))).collect();
-        print!("{}", table(&rows));
+        print(table(&rows))?;
     }
-    match (&args.path, args.verify) {
-        (Some(path), true) => verify(path),
-        _ => Ok(()),
-    }
+    found.map_or(Ok(()), |(path, found)| conclude(path, &found, args.json))
 }
 
 fn plain(key: &str, value: &Value) -> String {
@@ -62,6 +68,9 @@ fn this_machine() -> Value {
 }
 
 fn of(path: &Path) -> Result<Value> {
+    if !path.is_dir() {
+        bail!("{}: there is no such folder", path.display());
+    }
     if path.join("state.json").exists() {
         return checkpoint(path);
     }
@@ -148,23 +157,31 @@ fn model(path: &Path) -> Result<Value> {
     }))
 }
 
-fn verify(path: &Path) -> Result<()> {
+/// Reads every byte of a store.
+fn verify(path: &Path) -> Result<Report> {
     let reader = Reader::open(path)?;
     let progress = Progress::new("verify", true);
     let report = reader.verify(&|done, total| progress.set(done, total));
     progress.done();
-    let report = report?;
-    for damage in &report.damaged {
-        println!("damaged: {}", serde_json::to_string(damage)?);
+    Ok(report?)
+}
+
+/// Says what was found, and fails if that is damage.
+fn conclude(path: &Path, found: &Report, as_json: bool) -> Result<()> {
+    if !as_json {
+        let damaged = |damage| print(format_args!("damaged: {}", serde_json::to_string(damage)?));
+        found.damaged.iter().try_for_each(damaged)?;
     }
-    if !report.damaged.is_empty() {
+    if !found.damaged.is_empty() {
         bail!(
-            "{}: {} of {} records are damaged; delete the shards named above and run the capture again",
+            "{}: {} of {} records are damaged; delete the shards named above and the manifest-*.json of their writer, then run the capture again",
             path.display(),
-            report.damaged.len(),
-            report.records
+            found.damaged.len(),
+            found.records
         );
     }
-    println!("verified: {} records, {}", report.records, bytes(report.bytes));
-    Ok(())
+    if as_json {
+        return Ok(());
+    }
+    print(format_args!("verified: {} records, {}", found.records, bytes(found.bytes)))
 }

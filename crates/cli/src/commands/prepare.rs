@@ -7,6 +7,7 @@ use specforge_data::{Prepared, Tokenizer, runs};
 
 use crate::env;
 use crate::setup::{RecipeArgs, prepared};
+use crate::show::print;
 
 /// Tokenise the conversations of a recipe and mark what is supervised.
 ///
@@ -32,11 +33,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return show(&data, row, &Tokenizer::open(&plan.target.path)?);
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(data.report())?);
+        print(serde_json::to_string_pretty(data.report())?)
     } else {
-        println!("{}", data.folder().display());
+        print(data.folder().display())
     }
-    Ok(())
 }
 
 fn show(data: &Prepared, row: usize, tokenizer: &Tokenizer) -> Result<()> {

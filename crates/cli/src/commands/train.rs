@@ -18,15 +18,15 @@ use specforge_nn::weights::Weights;
 use specforge_store::Reader;
 use specforge_tensor::Params;
 use specforge_train::{
-    Cache, Checkpoint, Checkpoints, Event, FeatureSource, Hooks, Offline, Online, Order, Outcome, Settings,
-    State, Trainer,
+    Cache, Checkpoint, Checkpoints, Event, FeatureSource, Held, Hooks, Offline, Online, Order, Outcome,
+    Settings, State, Trainer,
 };
 
 use super::capture::stop_on_signal;
 use super::{eval, export};
 use crate::lock;
 use crate::setup::{self, RecipeArgs};
-use crate::show::{Progress, positions, rate, table};
+use crate::show::{Progress, note, positions, print, rate, table};
 
 /// Train a draft, measure its acceptance length by real decoding, and export the folder that SGLang loads.
 ///
@@ -84,6 +84,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let plan = args.recipe.plan()?;
     let _lock = lock::take(&plan.run_dir)?;
     let resume = clear_or_resume(args, &plan)?;
+    export::check_place(&plan.export.path)?;
     let data = setup::prepared(&plan)?;
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
     let Parts { info, method, params, mut source, mut decoder } = Parts::build(&plan, &data, &held_out)?;
@@ -106,7 +107,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!(
             "stopped at step {} and saved; go on with: specforge train {} --resume",
             trainer.state.position.step,
-            args.recipe.recipe.display()
+            args.recipe.words()
         );
     }
     let tokens_per_second =
@@ -114,7 +115,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let best = use_best(&mut trainer, &plan)?;
     let report = decoder.measure(method.as_ref(), &trainer.params)?;
     let export_dir =
-        export::write(&plan, &info, method.as_ref(), &trainer.params, &export::Options::of(&plan, true))?;
+        export::write(&plan, &info, method.as_ref(), &trainer.params, &export::Options::of(&plan, false))?;
     let summary = Summary {
         name: plan.name.clone(),
         method: plan.method.name(),
@@ -137,11 +138,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     setup::write_json(&plan.run_dir.join("summary.json"), &summary)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+        print(serde_json::to_string_pretty(&summary)?)
     } else {
-        print_table(&summary, &plan);
+        print(format_args!("\n{}", shown(&summary, &plan)))
     }
-    Ok(())
 }
 
 /// The checkpoint to go on from; a run that is there already is neither continued nor replaced without being told.
@@ -169,10 +169,7 @@ fn clear_or_resume(args: &Args, plan: &RunPlan) -> Result<Option<Checkpoint>> {
     let latest = if folder.exists() { Checkpoints::open(folder, 0)?.latest()? } else { None };
     match latest {
         None if args.resume.is_some() => {
-            eprintln!(
-                "resume    {} has no checkpoint yet: starting from the beginning",
-                plan.run_dir.display()
-            );
+            note!("resume    {} has no checkpoint yet: starting from the beginning", plan.run_dir.display());
             Ok(None)
         }
         Some(checkpoint) if args.resume.is_none() && !plan.train.auto_resume => bail!(
@@ -202,7 +199,7 @@ fn take_up(trainer: &mut Trainer<'_>, checkpoint: &Checkpoint, plan: &RunPlan) -
         );
     }
     trainer.resume(checkpoint)?;
-    eprintln!("resume    step {} of {}", trainer.state.position.step, trainer.settings.total_steps);
+    note!("resume    step {} of {}", trainer.state.position.step, trainer.settings.total_steps);
     Ok(())
 }
 
@@ -215,7 +212,8 @@ fn use_best(trainer: &mut Trainer<'_>, plan: &RunPlan) -> Result<u64> {
     Ok(best.state.position.step)
 }
 
-fn print_table(s: &Summary, plan: &RunPlan) {
+/// The summary as a table.
+fn shown(s: &Summary, plan: &RunPlan) -> String {
     let length = |l: Option<f64>| l.map_or("not measured".to_owned(), |l| format!("{l:.2}"));
     let lossless = match s.lossless {
         Some(true) => "yes: greedy output is token for token the target's own",
@@ -242,7 +240,7 @@ fn print_table(s: &Summary, plan: &RunPlan) {
         ("exported folder for SGLang", s.export_dir.display().to_string()),
         ("time", format!("{:.0} s", s.seconds)),
     ];
-    print!("\n{}", table(&rows));
+    table(&rows)
 }
 
 /// What a run is built of, mode decided.
@@ -266,8 +264,12 @@ impl Parts {
         if let Some(folder) = &plan.train.warm_start {
             export::warm_start(folder, method.as_ref(), &mut params)?;
         }
+        setup::expect_room(&info, data)?;
         let source = source(plan, &info, method.as_ref(), target.clone(), data)?;
         let prompts = setup::prompts(plan, held_out, data, plan.eval.max_prompts)?;
+        if prompts.is_empty() {
+            note!("warning: no prompt is held out and eval.prompts names none: nothing will be measured");
+        }
         let decoder = Decoder { target, plan: plan.clone(), prompts };
         Ok(Self { info, method, params, source, decoder })
     }
@@ -328,15 +330,14 @@ fn trainer<'a>(
         schedule: plan.train.schedule.clone(),
         held_out: held.epoch(0).into_iter().flatten().collect(),
     };
-    let draft_vocab: Vec<u8> = method.vocab().target_ids().iter().flat_map(|id| id.to_le_bytes()).collect();
     let identity = json!({
         "plan": plan.training_identity(),
         "data": data.hash(),
         "target": Weights::open(&plan.target.path)?.fingerprint(),
-        "draft": blake3::hash(&draft_vocab).to_hex().as_str(),
+        "draft": setup::vocab_hash(method),
     });
     let trained: usize = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| p.value.len()).sum();
-    eprintln!(
+    note!(
         "train     {} rows, {} held out, {total_steps} steps; {} has {:.2} M trained parameters",
         train_rows.len(),
         held_out.len(),
@@ -413,6 +414,22 @@ impl<'a> Terminal<'a> {
     }
 }
 
+/// A line about an evaluation.
+fn evaluated(held: &Held) -> String {
+    let figures = held.figures.as_ref().map_or(String::new(), |figures| {
+        let (loss, accepted) = (figures.objective.value(), positions(&figures.values("acceptance")));
+        format!("  loss {loss:.4}  accepted {accepted}")
+    });
+    let length = match (held.acceptance_length, &held.figures) {
+        (Some(length), _) => format!("{length:.2}"),
+        (None, Some(figures)) => {
+            format!("about {:.2} (estimated, no decoding)", figures.estimated_acceptance_length())
+        }
+        (None, None) => "not measured".to_owned(),
+    };
+    format!("held out   {figures}  acceptance length {length}")
+}
+
 impl Hooks for Terminal<'_> {
     fn event(&mut self, event: Event<'_>) {
         match event {
@@ -433,18 +450,7 @@ impl Hooks for Terminal<'_> {
                 record.lr,
                 rate(record.tokens_per_second)
             )),
-            Event::Evaluated(held) => self.progress.line(&format!(
-                "held out     loss {:.4}  accepted {}  acceptance length {}",
-                held.figures.objective.value(),
-                positions(&held.figures.values("acceptance")),
-                held.acceptance_length.map_or_else(
-                    || format!(
-                        "about {:.2} (estimated, no decoding)",
-                        held.figures.estimated_acceptance_length()
-                    ),
-                    |length| format!("{length:.2}"),
-                )
-            )),
+            Event::Evaluated(held) => self.progress.line(&evaluated(held)),
             Event::Saved(folder) => self.progress.line(&format!("saved        {}", folder.display())),
         }
     }

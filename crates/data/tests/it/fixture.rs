@@ -4,13 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 use specforge_data::{ChatTemplate, OnError, PrepareConfig, TemplateOptions, Tokenizer};
+pub(crate) use specforge_testkit::CHATML;
+use specforge_testkit::{byte_level_tokenizer, tokenizer_config};
 use tempfile::TempDir;
-
-pub(crate) const CHATML: &str = "\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}";
 
 /// A folder for the files of one test.
 pub(crate) struct Fixture {
@@ -25,15 +21,9 @@ impl Fixture {
 
     pub(crate) fn with_template(template: &str) -> Self {
         let fixture = Self { folder: TempDir::new().unwrap() };
-        let config = json!({
-            "bos_token": null,
-            "eos_token": { "content": "<|im_end|>", "special": true },
-            "pad_token": "<|pad|>",
-            "chat_template": template,
-        });
         fs_err::create_dir(fixture.target()).unwrap();
-        fixture.write("target/tokenizer.json", tokenizer_json().to_string());
-        fixture.write("target/tokenizer_config.json", config.to_string());
+        fixture.write("target/tokenizer.json", byte_level_tokenizer().to_string());
+        fixture.write("target/tokenizer_config.json", tokenizer_config(template).to_string());
         fixture
     }
 
@@ -76,35 +66,6 @@ pub(crate) fn row(question: &str, answer: &str) -> String {
 
 pub(crate) fn object(value: &Value) -> Map<String, Value> {
     value.as_object().unwrap().clone()
-}
-
-/// The GPT-2 alphabet of bytes, merges for `he`, `ll`, `Ġh`, two newlines, and the special tokens of ChatML.
-fn tokenizer_json() -> Value {
-    let printable = |byte: &u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-    let mut vocab: Vec<String> =
-        (0..=255u8).filter(printable).map(|byte| char::from(byte).to_string()).collect();
-    vocab.extend((0..68u32).filter_map(|index| char::from_u32(256 + index)).map(|symbol| symbol.to_string()));
-    let merges = [["h", "e"], ["l", "l"], ["\u{120}", "he"], ["\u{10A}", "\u{10A}"]];
-    vocab.extend(merges.iter().map(|pair| pair.concat()));
-    let size = vocab.len();
-    let vocab: Map<String, Value> =
-        vocab.into_iter().enumerate().map(|(id, token)| (token, json!(id))).collect();
-    let special = ["<|im_start|>", "<|im_end|>", "<|pad|>"].iter().enumerate().map(|(index, token)| {
-        json!({ "id": size + index, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": true })
-    });
-    let byte_level =
-        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
-    json!({
-        "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
-        "added_tokens": special.collect::<Vec<_>>(),
-        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
-        "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
-            "vocab": vocab, "merges": merges,
-        },
-    })
 }
 
 /// All files below a folder with their bytes, sorted.

@@ -1,0 +1,14 @@
+//! Tests of the program as users run it: the binary, a small random target, a few dozen conversations.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod bad_data;
+mod bad_folder;
+mod bad_run;
+mod bad_target;
+mod kill;
+mod look;
+mod modes;
+mod resume;
+mod store;
+mod train;
+mod world;

@@ -1,0 +1,173 @@
+//! A draft, a source of features and hooks under the test's control.
+
+use std::path::Path;
+
+use half::bf16;
+use serde_json::json;
+use specforge_methods::{Batch, DraftMethod, Frozen, MethodConfig, VocabMap};
+use specforge_models::TargetInfo;
+use specforge_nn::optimizer::{AdamW, AdamWConfig};
+use specforge_nn::schedule::ScheduleConfig;
+use specforge_tensor::{Device, Params, Tensor};
+use specforge_testkit::{Lcg, SmallTarget};
+use specforge_train::features::{RowFeatures, assemble};
+use specforge_train::{Event, FeatureSource, Hooks, Order, Outcome, Result, Settings, State, Trainer};
+
+/// Tokens of every row.
+pub(crate) const LEN: usize = 10;
+const WIDTH: usize = 32;
+const VOCAB: usize = 263;
+
+/// A folder for runs, and a method.
+pub(crate) struct Fixture {
+    pub(crate) folder: tempfile::TempDir,
+    method: Box<dyn DraftMethod>,
+    params: Params,
+}
+
+impl Fixture {
+    pub(crate) fn new() -> Self {
+        let folder = specforge_testkit::tempdir();
+        SmallTarget::llama(1).write(folder.path());
+        let info = TargetInfo::read(folder.path()).unwrap();
+        let mut lcg = Lcg::new(1);
+        let mut draw =
+            || Tensor::from_f32(Device::Cpu, lcg.normals(VOCAB * WIDTH, 0.5), &[VOCAB, WIDTH]).unwrap();
+        let frozen = Frozen { embedding: draw(), head: draw() };
+        let config: MethodConfig = serde_json::from_value(json!({ "eagle3": { "ttt-steps": 2 } })).unwrap();
+        let (method, params) = config.build(&info, &frozen, VocabMap::full(VOCAB), 1).unwrap();
+        Self { folder, method, params }
+    }
+
+    /// A run of this name, not begun: 12 rows, two in a micro-batch, one micro-batch a step, two epochs.
+    pub(crate) fn trainer(&self, name: &str) -> Trainer<'_> {
+        let folder = self.folder.path().join(name);
+        fs_err::create_dir_all(&folder).unwrap();
+        let order = Order {
+            rows: (0..12).map(|row| (row, LEN)).collect(),
+            tokens_per_batch: 2 * LEN,
+            accumulation: 1,
+            seed: 5,
+        };
+        let settings = Settings {
+            folder,
+            total_steps: order.total_steps(2),
+            log_every: 1,
+            eval_every: 0,
+            save_every: 2,
+            keep: 0,
+            schedule: ScheduleConfig::default(),
+            held_out: vec![vec![12, 13], vec![14]],
+        };
+        // An epsilon well above the smallest gradients: rounding must not turn an update around.
+        let config = AdamWConfig { lr: 1e-2, eps: 1e-4, ..AdamWConfig::default() };
+        Trainer {
+            method: self.method.as_ref(),
+            params: self.params.clone(),
+            optimizer: AdamW::new(config, &self.params).unwrap(),
+            order,
+            settings,
+            state: State::new(json!({ "test": name })),
+        }
+    }
+}
+
+/// Features by row, the same every time; from some row on, something else.
+pub(crate) struct Source {
+    /// This row has a NaN in its hidden states.
+    pub(crate) nan: Option<usize>,
+    /// This row cannot be read.
+    pub(crate) broken: Option<usize>,
+}
+
+/// Nothing special about any row.
+pub(crate) fn sound() -> Source {
+    Source { nan: None, broken: None }
+}
+
+impl FeatureSource for Source {
+    fn fetch(&mut self, rows: &[usize]) -> Result<Batch> {
+        let broken = rows.iter().find(|row| self.broken == Some(**row));
+        if let Some(&row) = broken {
+            let reason = "the disk says no".to_owned();
+            return Err(specforge_train::Error::Row { row: row as u64, reason });
+        }
+        assemble(rows, rows.iter().map(|&row| self.row(row)).collect())
+    }
+}
+
+impl Source {
+    fn row(&self, row: usize) -> RowFeatures {
+        let mut lcg = Lcg::new(100 + row as u64);
+        let mut states = |width: usize| {
+            let mut values = lcg.normals(LEN * width, 1.0);
+            if self.nan == Some(row) {
+                values[3] = f32::NAN;
+            }
+            let values = values.into_iter().map(bf16::from_f32).collect();
+            Tensor::from_bf16(Device::Cpu, values, &[LEN, width]).unwrap()
+        };
+        let (hidden_states, last_hidden) = (states(3 * WIDTH), states(WIDTH));
+        let mut ids = || (0..LEN).map(|_| lcg.below(VOCAB) as u32).collect::<Vec<_>>();
+        RowFeatures {
+            input_ids: ids(),
+            loss_mask: (0..LEN).map(|t| u8::from(t > 2)).collect(),
+            hidden_states,
+            last_hidden,
+            argmax: ids(),
+            logsumexp: vec![6.0; LEN],
+        }
+    }
+}
+
+/// Scripted acceptance lengths and a step to stop after.
+#[derive(Default)]
+pub(crate) struct Script {
+    /// What decoding gives, evaluation by evaluation; then nothing.
+    pub(crate) acceptance: Vec<Option<f64>>,
+    /// Stop is asked for from this step on.
+    pub(crate) stop_after: Option<u64>,
+    /// Steps seen and the loss of each.
+    pub(crate) losses: Vec<f64>,
+    /// Evaluations so far.
+    pub(crate) evaluations: usize,
+}
+
+impl Hooks for Script {
+    fn event(&mut self, event: Event<'_>) {
+        if let Event::Step { figures, .. } = event {
+            self.losses.push(figures.objective.value());
+        }
+    }
+
+    fn stop_requested(&self) -> bool {
+        self.stop_after.is_some_and(|step| self.losses.len() as u64 >= step)
+    }
+
+    fn acceptance_length(&mut self, _: &dyn DraftMethod, _: &Params) -> Result<Option<f64>> {
+        self.evaluations += 1;
+        Ok(self.acceptance.get(self.evaluations - 1).copied().flatten())
+    }
+}
+
+/// Runs to the end.
+pub(crate) fn run(trainer: &mut Trainer<'_>) -> Script {
+    let mut script = Script::default();
+    assert_eq!(trainer.run(&mut sound(), &mut script).unwrap(), Outcome::Finished);
+    script
+}
+
+/// All trained weights, by name.
+pub(crate) fn weights(trainer: &Trainer<'_>) -> Vec<(String, Vec<f32>)> {
+    let trained = trainer.params.iter().filter(|(_, p)| p.trainable);
+    trained.map(|(_, p)| (p.name.clone(), p.value.to_f32())).collect()
+}
+
+/// Names in a folder, sorted.
+pub(crate) fn names(folder: &Path) -> Vec<String> {
+    let entries = fs_err::read_dir(folder).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
