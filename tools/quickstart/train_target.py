@@ -1,7 +1,7 @@
 """Trains the target on the tokenised conversations and writes its Hugging Face folder.
 
     python train_target.py --data WORK/text.npz --heldout WORK/heldout.npz --tokenizer WORK/tokenizer \
-        --steps 3582 --out WORK/target
+        --steps 1200 --out WORK/target
 
 `--seconds` sets the number of steps from the measured speed instead, corrects it on the way, and records it.
 

@@ -34,11 +34,13 @@ pub(crate) fn take(folder: &Path) -> Result<RunLock> {
 /// Removes what an interrupted process left half-written; nobody else works here now.
 fn remove_remains(folder: &Path) -> Result<()> {
     for entry in fs_err::read_dir(folder)? {
-        let (name, path) = entry.map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()))?;
-        let hidden = name.starts_with('.') && (name.ends_with(".partial") || name.ends_with(".old"));
-        if hidden && path.is_dir() {
+        let path = entry?.path();
+        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        let ends = |with: &[&str]| path.extension().is_some_and(|end| with.iter().any(|w| end == *w));
+        let remains = hidden && ends(&["partial", "old"]);
+        if remains && path.is_dir() {
             fs_err::remove_dir_all(path)?;
-        } else if hidden || name.ends_with(".tmp") && path.is_file() {
+        } else if path.is_file() && (remains || ends(&["tmp"])) {
             fs_err::remove_file(path)?;
         }
     }

@@ -48,9 +48,12 @@ impl RecipeArgs {
     /// The arguments again, as a shell takes them.
     pub(crate) fn words(&self) -> String {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+@".contains(c);
-        let quoted = |word: &str| match word.chars().all(plain) {
-            true => word.to_owned(),
-            false => format!("'{}'", word.replace('\'', "'\\''")),
+        let quoted = |word: &str| {
+            if word.chars().all(plain) {
+                word.to_owned()
+            } else {
+                format!("'{}'", word.replace('\'', "'\\''"))
+            }
         };
         let sets = self.sets.iter().map(|set| format!(" --set {}", quoted(set)));
         quoted(&self.recipe.display().to_string()) + &sets.collect::<String>()

@@ -3,7 +3,8 @@
 use std::process::Command;
 
 use crate::kill::{Running, logged};
-use crate::world::{Left, Ran, World, line, names, steps, torn};
+use crate::left::{Left, steps};
+use crate::world::{Ran, World, line, names, torn};
 
 #[test]
 fn an_earlier_run_is_neither_continued_nor_replaced_unasked() {

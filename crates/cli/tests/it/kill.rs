@@ -17,7 +17,7 @@ impl Running {
 
     /// Waits until `there` is true or the process has ended.
     pub(crate) fn wait_until(&mut self, mut there: impl FnMut() -> bool) {
-        let patience = Instant::now() + Duration::from_secs(60);
+        let patience = Instant::now() + Duration::from_mins(1);
         while !there() && self.0.try_wait().unwrap().is_none() {
             assert!(Instant::now() < patience, "what the test waits for does not happen");
             std::thread::sleep(Duration::from_micros(200));

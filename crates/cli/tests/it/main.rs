@@ -6,6 +6,7 @@ mod bad_folder;
 mod bad_run;
 mod bad_target;
 mod kill;
+mod left;
 mod look;
 mod modes;
 mod resume;

@@ -1,7 +1,8 @@
 //! Online, offline and cache are one run: the same bits wherever the hidden states come from.
 
 use crate::kill::{Running, logged};
-use crate::world::{Left, World};
+use crate::left::Left;
+use crate::world::World;
 
 fn online(world: &World) -> Left {
     world.ok(&["train", "R"]);

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use crate::kill::{Running, logged};
-use crate::world::{Left, World, names, torn};
+use crate::left::Left;
+use crate::world::{World, names, torn};
 
 /// The run everything is compared with.
 fn uninterrupted(world: &World) -> Left {

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use crate::kill::Running;
-use crate::world::{Left, World, names, torn};
+use crate::left::Left;
+use crate::world::{World, names, torn};
 
 /// Offline mode over a store of its own place.
 const OFFLINE: [&str; 6] = ["--set", "mode=offline", "--set", "store.path=store", "--set", "name=offline"];
@@ -12,9 +13,15 @@ fn with<'a>(command: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     [&[command, "R"], OFFLINE.as_slice(), more].concat()
 }
 
-/// The shards of the store.
+/// Names in the store, which may not be there yet, with this ending.
+fn ending(world: &World, end: &str) -> Vec<String> {
+    let names = if world.has("store") { names(&world.path("store")) } else { Vec::new() };
+    names.into_iter().filter(|name| name.ends_with(end)).collect()
+}
+
+/// The finished shards of the store.
 fn shards(world: &World) -> Vec<String> {
-    names(&world.path("store")).into_iter().filter(|name| name.ends_with(".bin")).collect()
+    ending(world, ".bin")
 }
 
 #[test]
@@ -44,16 +51,12 @@ fn a_capture_that_is_interrupted_says_how_to_go_on() {
     let world = World::new();
     world.write("conversations.jsonl", crate::world::conversations(2000, 5));
     let mut running = Running::start(&world, &with("capture", &[]));
-    running.wait_until(|| names_if(&world, "store").iter().any(|name| name.ends_with(".part")));
+    running.wait_until(|| !ending(&world, ".part").is_empty());
     let ran = running.signal("INT");
     ran.refused(&["stopped with", "of 2000 rows captured", "same command again"]);
     let ran = world.ok(&with("capture", &["--json"]));
     assert!(ran.stderr.contains("are there already"), "{}", ran.stderr);
     assert!(ran.stdout.contains("\"rows\": 2000"), "{}", ran.stdout);
-}
-
-fn names_if(world: &World, folder: &str) -> Vec<String> {
-    if world.has(folder) { names(&world.path(folder)) } else { Vec::new() }
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use crate::world::{Left, World, torn};
+use crate::left::Left;
+use crate::world::{World, torn};
 
 #[test]
 fn a_run_leaves_a_summary_and_a_draft_that_can_be_served() {
