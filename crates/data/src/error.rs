@@ -16,7 +16,7 @@ pub enum Error {
     Io(#[from] std::io::Error),
 
     /// One row of an input file is unusable and the setting is to stop at the first one.
-    #[error("{path}:{line}: {reason}: {message}; correct the row, or skip such rows with on-error = skip",
+    #[error("{path}:{line}: {reason}: {message}; correct the row, or, for training data, leave such rows out with data.on-error = \"skip\"",
             path = path.display())]
     Row {
         /// The input file.
@@ -126,7 +126,8 @@ pub enum Error {
 
     /// The draft vocabulary does not fit into the target's.
     #[error(
-        "draft vocabulary of {draft} tokens is larger than the target's vocabulary of {target}; lower draft_vocab_size"
+        "draft vocabulary of {draft} tokens is larger than the target's vocabulary of {target}; \
+         lower draft-vocab-size"
     )]
     DraftVocabularyTooLarge {
         /// Size of the draft vocabulary.
@@ -138,7 +139,7 @@ pub enum Error {
     /// The draft vocabulary has more entries than different tokens were seen in supervised positions.
     #[error(
         "draft vocabulary of {draft} tokens, but only {seen} different tokens are supervised in the data; \
-             lower draft_vocab_size, add data, or fill the rest with unseen ids"
+             lower draft-vocab-size to that, or add data"
     )]
     DraftVocabularyUnseen {
         /// Size of the draft vocabulary.

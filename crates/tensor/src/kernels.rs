@@ -177,8 +177,6 @@ pub trait Kernels: Debug + Sync {
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor;
     /// `dst += src`.
     fn add_assign(&self, dst: &mut Tensor, src: &Tensor);
-    /// `dst *= factor`.
-    fn scale(&self, dst: &mut Tensor, factor: f32);
     /// The rows of `x` that `index` names, widened to float32; `u32::MAX` gives zeros.
     fn gather_rows(&self, x: &Tensor, index: &Tensor) -> Tensor;
     /// `dst[index[r]] += src[r]`; `u32::MAX` is passed over.

@@ -39,7 +39,10 @@ fn crates_depend_downwards() {
     }
     let table = "[dependencies.specforge-nn]\nworkspace = true\n";
     assert_eq!(lines(&layers::check("crates/tensor/Cargo.toml", table)), [1]);
-    assert_eq!(lines(&layers::check("Cargo.toml", "[workspace.dependencies]\nspecforge-cli = 1\n")), [0_usize; 0]);
+    assert_eq!(
+        lines(&layers::check("Cargo.toml", "[workspace.dependencies]\nspecforge-cli = 1\n")),
+        [0_usize; 0]
+    );
 }
 
 #[test]

@@ -26,6 +26,21 @@ fn tensor(t: &Tensors, name: &str) -> Tensor {
     Tensor::from_f32(Device::Cpu, values, shape).expect("stored shape fits")
 }
 
+impl Case {
+    /// Whether it is about two micro-batches and their mean, with no losses of its own.
+    fn accumulates(&self) -> bool {
+        self.outputs.contains("opt.micro_losses")
+    }
+}
+
+/// The target's head among the inputs.
+const HEAD: &str = "target_lm_head.weight";
+
+/// The case that `inputs_from` names, without the remark behind it.
+fn first_word(text: &str) -> &str {
+    text.split(' ').next().unwrap_or_default()
+}
+
 /// A file of the case, or of the case that it says it shares the file with.
 fn part(dir: &Path, json: &Value, file: &str, from: &str) -> Tensors {
     let own = dir.join(file);
@@ -139,7 +154,6 @@ fn load(dir: &Path) -> Case {
 
 /// The target's head: with the inputs, or with those of the case they extend.
 fn head_of(inputs: &Tensors, json: &Value) -> Tensor {
-    const HEAD: &str = "target_lm_head.weight";
     if inputs.contains(HEAD) {
         return tensor(inputs, HEAD);
     }
@@ -198,11 +212,11 @@ fn check_losses(case: &Case, loss: &Loss, prefix: &str) {
 #[test]
 fn golden_losses_metrics_and_every_gradient() {
     for (name, dir) in golden_cases("eagle3") {
-        if name == "eagle3-accum" {
-            continue; // golden_accumulation reads it
+        let case = load(&dir);
+        if case.accumulates() {
+            continue; // golden_accumulation_is_the_mean_of_micro_batches reads it
         }
         println!("{name}");
-        let case = load(&dir);
         let (loss, grads) = run(&case, Grads::new());
         let prefix = if case.outputs.contains("loss") { "" } else { "fp32." };
         check_losses(&case, &loss, prefix);
@@ -264,24 +278,33 @@ fn golden_optimizer_path_of_five_steps() {
 
 #[test]
 fn golden_accumulation_is_the_mean_of_micro_batches() {
-    let Some(dir) = golden_case("eagle3-accum") else { return };
-    let mut second = load(&dir);
-    let Some(first_dir) = golden_case("eagle3-basic") else { return };
-    let inputs = Tensors::read(first_dir.join("inputs.safetensors"));
-    let first = batch(&inputs, &tensor(&inputs, "target_lm_head.weight"));
-    let losses = second.outputs.f32("opt.micro_losses").1;
+    for (name, dir) in golden_cases("eagle3") {
+        let mut case = load(&dir);
+        if case.accumulates() {
+            println!("{name}");
+            check_accumulation(&mut case);
+        }
+    }
+}
+
+/// The first micro-batch is that of the case named, the second the case's own.
+fn check_accumulation(case: &mut Case) {
+    let from = case.json["inputs_from"].as_str().expect("a case of two micro-batches names the first");
+    let inputs = Tensors::read(golden_dir().join(first_word(from)).join("inputs.safetensors"));
+    let first = batch(&inputs, &tensor(&inputs, HEAD));
+    let losses = case.outputs.f32("opt.micro_losses").1;
     let (mut grads, mut weight) = (Grads::new(), 0.0);
-    for (i, micro_batch) in [first, second.batch.clone()].into_iter().enumerate() {
-        second.batch = micro_batch;
-        let (loss, sum) = run(&second, grads);
+    for (i, micro_batch) in [first, case.batch.clone()].into_iter().enumerate() {
+        case.batch = micro_batch;
+        let (loss, sum) = run(case, grads);
         assert_close("micro loss", &[loss.objective.value() as f32], &[losses[i]], 1e-7, 2e-5);
         (grads, weight) = (sum, weight + loss.objective.weight);
     }
-    let mut optimizer = optimizer(&second);
-    let lr = f64::from(second.outputs.f32("opt.lr").1[0]);
-    let report = optimizer.step(&mut second.params, &grads, weight, lr);
-    assert_close("grad norm", &[report.grad_norm as f32], &second.outputs.f32("opt.grad_norm").1, 0.0, 1e-4);
-    check_state(&second, &optimizer, &second.outputs, 1);
+    let mut optimizer = optimizer(case);
+    let lr = f64::from(case.outputs.f32("opt.lr").1[0]);
+    let report = optimizer.step(&mut case.params, &grads, weight, lr);
+    assert_close("grad norm", &[report.grad_norm as f32], &case.outputs.f32("opt.grad_norm").1, 0.0, 1e-4);
+    check_state(case, &optimizer, &case.outputs, 1);
 }
 
 /// The stored logits are those of bf16 arithmetic: within 5 % of the largest, and the same best token unless the
@@ -329,7 +352,7 @@ fn teacher_logits(dir: &Path, batch: &Batch) -> Tensor {
     };
     let mut params = Params::new();
     let inputs = Tensors::read(dir.join("inputs.safetensors"));
-    let head = params.add("head", tensor(&inputs, "target_lm_head.weight"), false);
+    let head = params.add("head", tensor(&inputs, HEAD), false);
     let tape = Tape::inference(&params);
     tape.linear(&tape.input(hidden.clone()), Weight::of(head)).expect("logits").value().clone()
 }

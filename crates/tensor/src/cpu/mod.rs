@@ -109,9 +109,6 @@ impl Kernels for Cpu {
     fn add_assign(&self, dst: &mut Tensor, src: &Tensor) {
         rows::add_assign(dst, src);
     }
-    fn scale(&self, dst: &mut Tensor, factor: f32) {
-        f32_mut(dst).iter_mut().for_each(|v| *v *= factor);
-    }
     fn gather_rows(&self, x: &Tensor, index: &Tensor) -> Tensor {
         rows::gather(x, index)
     }

@@ -11,7 +11,7 @@ use specforge_store::{Values, Writer};
 use specforge_tensor::{DType, Device, Params, Tape, Tensor};
 
 use super::{FeatureSource, NOT_COMPUTED, RowFeatures, assemble, teacher_is_read};
-use crate::Result;
+use crate::{Error, Result};
 
 /// A target in memory over a prepared set.
 #[derive(Debug, Clone)]
@@ -33,6 +33,8 @@ impl Online {
         let captured = self.target.forward(&[content.ids], &self.capture)?;
         let last_hidden =
             captured.last_hidden.map_or_else(|| Tensor::from_f32(Device::Cpu, vec![], &[0, 0]), Ok)?;
+        expect_finite(row, &captured.hidden_states)?;
+        expect_finite(row, &last_hidden)?;
         let last_hidden = last_hidden.cast(self.dtype)?;
         let (argmax, logsumexp) = self.teacher(&last_hidden, content.loss_mask)?;
         Ok(RowFeatures {
@@ -73,6 +75,16 @@ impl FeatureSource for Online {
     fn fetch(&mut self, rows: &[usize]) -> Result<Batch> {
         assemble(rows, self.rows(rows)?)
     }
+}
+
+/// A target with damaged weights must not train a draft, nor fill a store.
+fn expect_finite(row: usize, states: &Tensor) -> Result<()> {
+    if states.f32s().iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    let reason = "the target's hidden states are not finite (NaN or infinity): its weights are damaged, or their type \
+                  is too narrow; check them with `specforge info TARGET`, or set target.dtype = \"f32\"";
+    Err(Error::Row { row: row as u64, reason: reason.to_owned() })
 }
 
 /// Appends a row's features to a store of the schema of [`super::schema`].
