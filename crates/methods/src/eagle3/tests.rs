@@ -1,11 +1,12 @@
 //! EAGLE3 against the reference cases: losses, metrics, every gradient, the optimizer's path, serving's logits; and
 //! the shortcuts (live rows, the embedding half once) against the plain form.
 
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::Value;
 use specforge_nn::optimizer::{AdamW, AdamWConfig};
-use specforge_tensor::Grads;
+use specforge_tensor::{Device, Grads};
 use specforge_testkit::{
     Tensors, assert_close, assert_close_max, case_json, golden_case, golden_cases, golden_dir,
 };
