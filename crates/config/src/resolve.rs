@@ -111,7 +111,9 @@ fn target_plan(target: TargetConfig, check: &mut Check<'_>) -> TargetPlan {
 }
 
 fn required_method(method: Option<MethodConfig>, check: &mut Check<'_>) -> Option<MethodConfig> {
-    if method.is_none() {
+    if let Some(method) = &method {
+        check.method(method);
+    } else {
         check.missing("method", "there is no draft method", "add a table [method.eagle3]; it may be empty");
     }
     method
@@ -334,6 +336,18 @@ impl Check<'_> {
     fn at_most<T: Copy + PartialOrd + std::fmt::Display>(&mut self, key: &str, got: T, most: T) {
         if got > most {
             self.range(key, &format!("at most {most}"), got);
+        }
+    }
+
+    /// What the method says about its values.
+    fn method(&mut self, method: &MethodConfig) {
+        match method.check() {
+            Ok(()) => {}
+            Err(specforge_methods::Error::Config { method, key, got, reason }) => {
+                let key = format!("method.{method}.{key}");
+                self.fail(&key, format!("`{key}` = {got}: {reason}"), None);
+            }
+            Err(other) => self.fail("method", other.to_string(), None),
         }
     }
 

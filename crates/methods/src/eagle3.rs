@@ -152,15 +152,35 @@ impl Config {
         }
     }
 
-    fn check(&self) -> Result<()> {
+    /// Refuses values that no target could make right.
+    pub fn check(&self) -> Result<()> {
+        let fail = |key, got: String, why: &str| Err(config_error(key, got, format!("expected {why}")));
         if !(1..=32).contains(&self.ttt_steps) {
-            return Err(config_error("ttt-steps", self.ttt_steps.to_string(), "expected 1 to 32".to_owned()));
+            return fail("ttt-steps", self.ttt_steps.to_string(), "1 to 32");
         }
         if !(self.step_decay > 0.0 && self.step_decay <= 1.0) {
-            let reason = "expected above 0 and at most 1".to_owned();
-            return Err(config_error("step-decay", self.step_decay.to_string(), reason));
+            return fail("step-decay", self.step_decay.to_string(), "above 0 and at most 1");
         }
-        Ok(())
+        let scales = [
+            ("kl-scale", self.kl_scale),
+            ("kl-decay", self.kl_decay),
+            ("initializer-range", self.initializer_range),
+        ];
+        if let Some((key, got)) = scales.into_iter().find(|(_, v)| !(*v >= 0.0 && v.is_finite())) {
+            return fail(key, got.to_string(), "0 or above");
+        }
+        let sizes = [
+            ("draft-vocab-size", self.draft_vocab_size),
+            ("hidden-size", self.hidden_size),
+            ("intermediate-size", self.intermediate_size),
+            ("num-attention-heads", self.num_attention_heads),
+            ("num-key-value-heads", self.num_key_value_heads),
+            ("head-dim", self.head_dim),
+        ];
+        match sizes.into_iter().find(|(_, size)| *size == Some(0)) {
+            Some((key, _)) => fail(key, "0".to_owned(), "1 or more; leave it out to follow the target"),
+            None => Ok(()),
+        }
     }
 }
 

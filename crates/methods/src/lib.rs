@@ -96,6 +96,13 @@ impl MethodConfig {
         }
     }
 
+    /// Refuses values that no target could make right.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Eagle3(config) => config.check(),
+        }
+    }
+
     /// What to record from the target.
     pub fn capture(&self, target: &TargetInfo) -> Result<Capture> {
         match self {

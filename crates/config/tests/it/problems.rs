@@ -112,6 +112,11 @@ fn values_of_the_wrong_kind_say_what_is_expected() {
 #[test]
 fn values_out_of_range_name_the_range() {
     let cases = [
+        ("ttt-steps = 0", "`method.eagle3.ttt-steps` = 0: expected 1 to 32"),
+        (
+            "draft-vocab-size = 0",
+            "`method.eagle3.draft-vocab-size` = 0: expected 1 or more; leave it out to follow the target",
+        ),
         ("[train]\nkeep = 0", "`train.keep`: expected at least 1, got 0"),
         ("[train]\nlog-every = 0", "`train.log-every`: expected at least 1, got 0"),
         ("[train]\nepochs = 0", "`train.epochs`: expected at least 1, got 0"),
