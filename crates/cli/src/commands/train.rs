@@ -31,7 +31,7 @@ use crate::show::{Progress, note, positions, print, rate, table};
 /// Train a draft, measure its acceptance length by real decoding, and export the folder that SGLang loads.
 ///
 /// Online recipes keep the target in memory; offline recipes read a store that `specforge capture` made; cache
-/// recipes do the first in the first pass and the second afterwards. Everything goes to <output-dir>/<name>:
+/// recipes do the first in the first pass and the second afterwards. Everything goes to OUTPUT-DIR/NAME:
 /// checkpoints, metrics.jsonl, summary.json, export. Ctrl-C finishes the step and saves; --resume goes on to the same
 /// bits as a run that never stopped.
 #[derive(Debug, clap::Args)]

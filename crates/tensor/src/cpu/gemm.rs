@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::simd::{dot_inline, vectorised};
+use super::simd::Products;
 use super::{f32_mut, rows, tensor};
 use crate::{DType, Tensor};
 
@@ -159,17 +159,7 @@ fn few_rows(y: &mut [f32], n: usize, x: &[f32], k: usize, (start, rows): (usize,
     let n_rows = x.len() / k;
     let part = |rows: &[&[f32]]| -> Vec<f32> {
         let mut products = vec![0.0; rows.len() * n_rows];
-        // Plain loops: adapters would be compiled without the wide instructions.
-        vectorised(
-            #[inline(always)]
-            || {
-                for (w, out) in rows.iter().zip(products.chunks_exact_mut(n_rows)) {
-                    for (x, out) in x.chunks_exact(k).zip(out) {
-                        *out = dot_inline(x, w);
-                    }
-                }
-            },
-        );
+        Products { x, k, rows, out: &mut products }.run();
         products
     };
     // Waking threads costs more than a small product.

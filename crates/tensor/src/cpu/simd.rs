@@ -1,12 +1,13 @@
 //! Inner loops written so that the compiler vectorises them, and run through `pulp` with the widest instructions
-//! the processor has. Sums go over a fixed number of lanes, so their order does not depend on the processor.
+//! the processor has. The order of a sum depends on lengths and on the width of the instructions alone: same bits on
+//! the same processor.
 
 #![expect(
     clippy::inline_always,
     reason = "a loop is vectorised only where it is inlined into the dispatched body"
 )]
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
 const LANES: usize = 16;
 
@@ -56,36 +57,69 @@ fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     sum_lanes(lanes)
 }
 
-/// The dot product, for callers that are vectorised themselves.
+/// One dot product with four independent sums, enough to hide the latency of an addition.
 #[inline(always)]
-pub(super) fn dot_inline(a: &[f32], b: &[f32]) -> f32 {
+fn dot_with<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     let n = a.len().min(b.len());
-    let (a, b) = (&a[..n], &b[..n]);
-    // Twice the lanes of a plain sum: enough independent additions to hide their latency.
-    let mut lanes = [0.0; 2 * LANES];
-    let ((a_chunks, a_rest), (b_chunks, b_rest)) =
-        (a.as_chunks::<{ 2 * LANES }>(), b.as_chunks::<{ 2 * LANES }>());
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += a[lane] * b[lane];
+    let ((a_wide, a_rest), (b_wide, b_rest)) = (S::as_simd_f32s(&a[..n]), S::as_simd_f32s(&b[..n]));
+    let ((a4, a1), (b4, b1)) = (a_wide.as_chunks::<4>(), b_wide.as_chunks::<4>());
+    let mut sums = [simd.splat_f32s(0.0); 4];
+    for (a, b) in a4.iter().zip(b4) {
+        for i in 0..4 {
+            sums[i] = simd.mul_add_f32s(a[i], b[i], sums[i]);
         }
     }
-    for (sum, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
-        *sum += a * b;
+    for (a, b) in a1.iter().zip(b1) {
+        sums[0] = simd.mul_add_f32s(*a, *b, sums[0]);
     }
-    let mut halves = [0.0; LANES];
-    for (i, sum) in halves.iter_mut().enumerate() {
-        *sum = lanes[i] + lanes[i + LANES];
+    let halves = [simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3])];
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    simd.reduce_sum_f32s(simd.add_f32s(halves[0], halves[1])) + rest
+}
+
+struct Dot<'a>(&'a [f32], &'a [f32]);
+
+impl WithSimd for Dot<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        dot_with(simd, self.0, self.1)
     }
-    sum_lanes(halves)
 }
 
 /// The dot product.
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || dot_inline(a, b),
-    )
+    Arch::new().dispatch(Dot(a, b))
+}
+
+/// All dot products of rows of `x`, each `k` long, with `rows`: `out[j][r] = x[r] · rows[j]`.
+pub(super) struct Products<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) k: usize,
+    pub(super) rows: &'a [&'a [f32]],
+    pub(super) out: &'a mut [f32],
+}
+
+impl WithSimd for Products<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let n = self.x.len() / self.k;
+        for (row, out) in self.rows.iter().zip(self.out.chunks_exact_mut(n)) {
+            for (x, out) in self.x.chunks_exact(self.k).zip(out) {
+                *out = dot_with(simd, x, row);
+            }
+        }
+    }
+}
+
+impl Products<'_> {
+    /// Computes them.
+    pub(super) fn run(self) {
+        Arch::new().dispatch(self);
+    }
 }
 
 /// `y += factor * x`.
