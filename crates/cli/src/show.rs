@@ -57,7 +57,8 @@ impl Progress {
         self.bar.set_position(done);
         if !self.terminal && self.last_line.get().elapsed() >= LINE_EVERY {
             self.last_line.set(Instant::now());
-            note!("{}: {done} of {total}  {}", self.name, self.bar.message());
+            let eta = self.bar.eta().as_secs();
+            note!("{}: {done} of {total}  eta {eta} s  {}", self.name, self.bar.message());
         }
     }
 

@@ -127,11 +127,11 @@ fn files_name_no_machine_and_are_small() {
     let one = |path: &str, line: &str| lines(&tree::check(&file(path, &format!("first\n{line}\n"))));
     let host = ["index.crates", ".io"].concat();
     let home = ["/ho", "me/someone/x"].concat();
-    let work = ["/wo", "rk/main"].concat();
+    let disk = ["/mn", "t/data"].concat();
     for (path, line, expected) in [
         ("README.md", home.as_str(), vec![2]),
-        ("tools/a.py", &format!("open('{work}')"), vec![2]),
-        ("tools/a.py", &format!("a{work}"), vec![]),
+        ("tools/a.py", &format!("open('{disk}')"), vec![2]),
+        ("tools/a.py", &format!("a{disk}"), vec![]),
         ("README.md", "https://host.example/home/x", vec![]),
         (".ci/run", &format!("curl https://{host}/x"), vec![2]),
         ("Cargo.lock", &host, vec![]),

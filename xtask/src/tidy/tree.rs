@@ -8,7 +8,7 @@ const LARGEST: u64 = 3 << 19;
 /// Folders of files that are meant to be large.
 const LARGE: [&str; 2] = ["assets/", "tests/golden/"];
 /// Folders of one user on one machine.
-const HOMES: [&str; 4] = ["/home/", "/Users/", "/root/", "/work/"];
+const HOMES: [&str; 4] = ["/home/", "/Users/", "/root/", "/mnt/"];
 /// Hosts of registries and caches of packages, in parts, so that this file is not among the finds.
 const HOSTS: [[&str; 2]; 5] = [
     ["index.crates", ".io"],
@@ -46,7 +46,7 @@ pub(super) fn check(file: &RepoFile) -> Vec<Violation> {
 
 fn machine(line: &str) -> Option<String> {
     let home = HOMES.iter().find(|home| {
-        // `docs/work/x` and `https://host/home/x` are no absolute paths.
+        // `docs/mnt/x` and `https://host/home/x` are no absolute paths.
         line.match_indices(**home).any(|(at, _)| {
             let before = line[..at].chars().next_back();
             let after = line[at + home.len()..].chars().next();
