@@ -121,11 +121,8 @@ impl TargetInfo {
     pub fn from_json(path: &Path, raw: Value) -> Result<Self> {
         let architecture = architecture::of(path, &raw)?;
         let common: Common = parse(path, &raw)?;
+        expect_sizes(path, &raw)?;
         let head_dim = head_dim(path, &raw, &common, architecture.head_dim)?;
-        if head_dim == 0 {
-            let why = "head_dim = 0: expected at least 1".to_owned();
-            return Err(Error::Config { path: path.to_path_buf(), why });
-        }
         let rope = RopeConfig::from_json(&raw, head_dim)
             .map_err(|source| Error::Rope { path: path.to_path_buf(), source })?;
         let info = Self {
@@ -169,20 +166,6 @@ impl TargetInfo {
 
     /// Refuses what would silently give another model than the checkpoint is.
     fn check(&self, hidden_act: Option<&str>) -> Result<()> {
-        for key in [
-            "hidden_size",
-            "num_hidden_layers",
-            "vocab_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "max_position_embeddings",
-        ] {
-            if self.raw.get(key).and_then(Value::as_u64) == Some(0) {
-                return Err(self.wrong(key, "expected at least 1"));
-            }
-        }
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             let why = format!("expected a divisor of num_attention_heads = {}", self.n_heads);
             return Err(self.wrong("num_key_value_heads", why));
@@ -201,6 +184,25 @@ impl TargetInfo {
     }
 }
 
+/// Refuses sizes of 0, before anything divides by them.
+fn expect_sizes(path: &Path, raw: &Value) -> Result<()> {
+    for key in [
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "max_position_embeddings",
+    ] {
+        if raw.get(key).and_then(Value::as_u64) == Some(0) {
+            return Err(setting(path, raw, key, "expected at least 1"));
+        }
+    }
+    Ok(())
+}
+
 fn setting(path: &Path, raw: &Value, key: &str, why: impl Into<String>) -> Error {
     let got = raw.get(key).unwrap_or(&Value::Null).to_string();
     Error::Setting { path: path.to_path_buf(), key: key.to_owned(), got, why: why.into() }
@@ -211,7 +213,7 @@ fn head_dim(path: &Path, raw: &Value, common: &Common, default: Option<usize>) -
         return Ok(given);
     }
     let heads = common.num_attention_heads;
-    if heads == 0 || !common.hidden_size.is_multiple_of(heads) {
+    if !common.hidden_size.is_multiple_of(heads) {
         let why = format!("expected head_dim, or a divisor of hidden_size = {}", common.hidden_size);
         return Err(setting(path, raw, "num_attention_heads", why));
     }

@@ -136,7 +136,6 @@ pub(crate) fn write(
     options: &Options,
 ) -> Result<PathBuf> {
     let mut config = serde_json::Map::from_iter(method.export_config());
-    config.extend(rope_parameters(&info.raw).into_iter().filter(|(key, _)| key == "rope_theta"));
     config.insert("rope_parameters".to_owned(), rope_parameters(&info.raw).into());
     config.insert("num_hidden_layers".to_owned(), json!(1));
     let mut config = Eagle3Config::parse(&plan.export.path, &config.into())?;
