@@ -2,6 +2,7 @@
 
 mod commands;
 mod env;
+mod gpu;
 mod lock;
 mod machine;
 mod setup;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
             return if message.use_stderr() { ExitCode::from(1) } else { ExitCode::SUCCESS };
         }
     };
+    gpu::configure();
     let run = || match args.command {
         Command::Prepare(args) => commands::prepare::run(&args),
         Command::Capture(args) => commands::capture::run(&args),
@@ -56,6 +58,11 @@ fn main() -> ExitCode {
         Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             note!("error: {error:#}");
+            ExitCode::from(1)
+        }
+        Err(payload) if payload.is::<specforge_tensor::Error>() => {
+            let error = payload.downcast::<specforge_tensor::Error>().map(|e| e.to_string());
+            note!("error: {}", error.unwrap_or_default());
             ExitCode::from(1)
         }
         Err(_) => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use specforge_config::{CaptureDType, Recipe, RunPlan, TargetDType};
+use specforge_config::{CaptureDType, DeviceChoice, Recipe, RunPlan, TargetDType};
 use specforge_data::{ChatTemplate, Prepared, TokenCounts, Tokenizer, Unseen, read_prompts};
 use specforge_methods::{DraftMethod, Frozen, VocabMap};
 use specforge_models::{Capture, Target, TargetInfo};
@@ -14,6 +14,7 @@ use specforge_store::{CaptureSpec, Identity, Spec, TargetIdentity};
 use specforge_tensor::{DType, Device, Params, Tensor};
 use specforge_train::{Checkpoint, features};
 
+use crate::gpu;
 use crate::machine::available_memory;
 use crate::show::{Progress, note};
 
@@ -30,13 +31,14 @@ pub(crate) struct RecipeArgs {
 impl RecipeArgs {
     /// Reads the recipe and resolves it, and sets the number of threads it asks for.
     pub(crate) fn plan(&self) -> Result<RunPlan> {
-        let plan = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?.plan;
+        let mut plan = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?.plan;
         if !plan.target.path.is_dir() {
             bail!(
                 "{}: there is no such folder; target.path names the target's Hugging Face folder",
                 plan.target.path.display()
             );
         }
+        plan.device = gpu::choice(gpu::device(plan.device)?);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads);
         // A second pool in one process is only ever asked for by tests.
         let _ = pool.build_global();
@@ -80,9 +82,15 @@ pub(crate) fn prepared(plan: &RunPlan) -> Result<Arc<Prepared>> {
     Ok(Arc::new(prepared))
 }
 
+/// The device of a plan that [`RecipeArgs::plan`] made.
+pub(crate) fn device(plan: &RunPlan) -> Result<Device> {
+    Ok(if plan.device == DeviceChoice::Cuda { Device::cuda(0)? } else { Device::Cpu })
+}
+
 /// The element type for the target's weights: float32 computes fastest on a CPU, if it fits.
 fn storage(plan: &RunPlan) -> Result<Option<DType>> {
     Ok(match plan.target.dtype {
+        TargetDType::Auto if plan.device == DeviceChoice::Cuda => Some(DType::Bf16),
         TargetDType::F32 => Some(DType::F32),
         TargetDType::Bf16 => Some(DType::Bf16),
         TargetDType::F16 => Some(DType::F16),
@@ -101,7 +109,7 @@ fn storage(plan: &RunPlan) -> Result<Option<DType>> {
 
 /// The whole target in memory.
 pub(crate) fn target(plan: &RunPlan) -> Result<Arc<Target>> {
-    let target = Target::load(&plan.target.path, Device::Cpu, storage(plan)?)?;
+    let target = Target::load(&plan.target.path, device(plan)?, storage(plan)?)?;
     let info = target.info();
     note!(
         "target    {} ({} layers, width {}, vocabulary {}), {}",
@@ -117,10 +125,10 @@ pub(crate) fn target(plan: &RunPlan) -> Result<Arc<Target>> {
 /// The parts of the target that every draft reads, without the rest of it.
 pub(crate) fn frozen(plan: &RunPlan, info: &TargetInfo) -> Result<Frozen> {
     let weights = Weights::open(&plan.target.path)?;
-    let shape = [info.vocab_size, info.hidden_size];
+    let (shape, device) = ([info.vocab_size, info.hidden_size], device(plan)?);
     let read = |name: &str| -> Result<Tensor> {
         let values = weights.require(name, &shape)?.to_f32();
-        Ok(Tensor::from_f32(Device::Cpu, values, &shape)?)
+        Ok(Tensor::from_f32(Device::Cpu, values, &shape)?.cast(device.storage())?.to_device(device)?)
     };
     let embedding = read("model.embed_tokens.weight")?;
     let head = if info.tie_word_embeddings { embedding.clone() } else { read("lm_head.weight")? };

@@ -10,7 +10,7 @@ use specforge_nn::schedule::ScheduleConfig;
 use specforge_store::Encoding;
 
 use crate::error::{Error, Result};
-use crate::run::{CaptureConfig, Mode, TargetDType};
+use crate::run::{CaptureConfig, DeviceChoice, Mode, TargetDType};
 
 /// Everything that a run needs to know. It is saved as JSON beside every checkpoint; keys are those of the recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,8 +22,8 @@ pub struct RunPlan {
     pub run_dir: PathBuf,
     /// Where hidden states come from.
     pub mode: Mode,
-    /// Where the run computes.
-    pub device: PlanDevice,
+    /// Where the run computes; `auto` until the machine was looked at.
+    pub device: DeviceChoice,
     /// Seed of everything drawn.
     pub seed: u64,
     /// CPU threads; 0: all.
@@ -44,14 +44,6 @@ pub struct RunPlan {
     pub eval: EvalPlan,
     /// The exported folder.
     pub export: ExportPlan,
-}
-
-/// Where a run computes, `auto` resolved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PlanDevice {
-    /// The CPU.
-    Cpu,
 }
 
 /// The target.

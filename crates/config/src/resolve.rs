@@ -11,13 +11,11 @@ use specforge_nn::optimizer;
 use specforge_store::Encoding;
 
 use crate::error::Problem;
-use crate::plan::{
-    DataPlan, EvalPlan, ExportPlan, Length, PlanDevice, RunPlan, StorePlan, TargetPlan, TrainPlan,
-};
+use crate::plan::{DataPlan, EvalPlan, ExportPlan, Length, RunPlan, StorePlan, TargetPlan, TrainPlan};
 use crate::provenance::Provenance;
 use crate::run::{
-    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, ExportConfig, RunConfig,
-    StoreConfig, TargetConfig, TrainConfig,
+    CaptureConfig, CaptureDType, DataConfig, DataFormat, EvalConfig, ExportConfig, RunConfig, StoreConfig,
+    TargetConfig, TrainConfig,
 };
 
 /// Tokens of a tree that SGLang verifies at once when nothing else is asked for.
@@ -54,10 +52,6 @@ fn run(config: RunConfig, check: &mut Check<'_>) -> Option<RunPlan> {
     let name = run_name(name, check);
     let output_dir = check.path(output_dir);
     let run_dir = output_dir.join(&name);
-    if device == DeviceChoice::Cuda {
-        let hint = "set device = \"cpu\" or \"auto\"";
-        check.fail("device", "this build computes on the CPU alone, got `cuda`".to_owned(), Some(hint));
-    }
     check.at_most("threads", threads, 4096);
     check.at_most("seed", seed, i64::MAX as u64);
     let data = data_plan(data, &output_dir, check);
@@ -70,7 +64,7 @@ fn run(config: RunConfig, check: &mut Check<'_>) -> Option<RunPlan> {
         name,
         run_dir,
         mode,
-        device: PlanDevice::Cpu,
+        device,
         seed,
         threads,
         target,

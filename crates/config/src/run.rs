@@ -24,7 +24,7 @@ pub struct RunConfig {
     pub output_dir: PathBuf,
     /// Where hidden states come from.
     pub mode: Mode,
-    /// Where the run computes. This build has no CUDA: `cuda` is an error and `auto` means `cpu`.
+    /// Where the run computes. What a GPU computes differs from the CPU in the last bits: a run is resumed where it ran.
     pub device: DeviceChoice,
     /// Seed of fresh weights, of the order of the rows, of the held-out split and of sampling.
     pub seed: u64,
@@ -85,11 +85,11 @@ pub enum Mode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceChoice {
-    /// The best device there is.
+    /// The first NVIDIA GPU, if there is one and its driver and libraries are; the CPU otherwise.
     Auto,
-    /// The CPU.
+    /// The CPU, in float32.
     Cpu,
-    /// An NVIDIA GPU.
+    /// The first NVIDIA GPU that the driver shows (`CUDA_VISIBLE_DEVICES` chooses), in bf16; an error without one.
     Cuda,
 }
 
@@ -109,11 +109,11 @@ impl Default for TargetConfig {
     }
 }
 
-/// How the target's weights lie in memory; the CPU computes in float32 in any case.
+/// How the target's weights lie in memory. The CPU computes in float32 in any case, a GPU in bf16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TargetDType {
-    /// float32 on the CPU if that fits into its memory, otherwise as stored.
+    /// On the CPU float32 if that fits into its memory, otherwise as stored; on a GPU bf16.
     Auto,
     /// float32.
     F32,

@@ -62,7 +62,7 @@ pub fn speculate(
     let mut rng = stream(options.sampling.seed, &format!("eval.speculate.{index}"));
     let capture = Capture { layers: method.capture().layers.clone(), last_hidden: true };
     let mut verifier =
-        Verifier::new(target, capture, prompt.len() + answer.most + options.speculation.n_nodes);
+        Verifier::new(target, capture, prompt.len() + answer.most + options.speculation.n_nodes)?;
     let mut drafter = method.drafter(params)?;
     // 1. The prompt: row i is the target's state of t_i beside t_{i+1}; the last one is the token just chosen.
     let (states, logits) = verifier.prefill(prompt)?;
@@ -94,7 +94,7 @@ pub fn plain(target: &Target, (index, prompt): (usize, &[u32]), options: &Option
     let mut answer = Answer::new(target, index, prompt, options.max_new_tokens)?;
     let mut rng = stream(options.sampling.seed, &format!("eval.plain.{index}"));
     let capture = Capture { layers: Vec::new(), last_hidden: true };
-    let mut verifier = Verifier::new(target, capture, prompt.len() + answer.most);
+    let mut verifier = Verifier::new(target, capture, prompt.len() + answer.most)?;
     let (_, mut logits) = verifier.prefill(prompt)?;
     loop {
         let token = choose(&logits, &options.sampling, &mut rng)?;
@@ -159,8 +159,8 @@ struct Verifier<'a> {
 }
 
 impl<'a> Verifier<'a> {
-    fn new(target: &'a Target, capture: Capture, capacity: usize) -> Self {
-        Self { target, cache: KvCache::new(target, capacity), capture }
+    fn new(target: &'a Target, capture: Capture, capacity: usize) -> Result<Self> {
+        Ok(Self { target, cache: KvCache::new(target, capacity)?, capture })
     }
 
     /// Runs the prompt: the captured states of all its tokens, and the logits after the last.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use specforge_tensor::Tensor;
+use specforge_tensor::{Device, Later, Tensor};
 
 use crate::{Error, Result};
 
@@ -84,7 +84,29 @@ pub struct Loss {
     pub metrics: Vec<Metric>,
 }
 
+/// A loss whose gradients are on the tape and whose figures come when the device has got there.
+#[derive(Debug)]
+pub struct PendingLoss {
+    /// The weight of the objective, which the host knows.
+    pub weight: f64,
+    /// The loss.
+    pub loss: Later<Loss>,
+}
+
 impl Batch {
+    /// The same batch with its tensors on another device.
+    pub fn to_device(self, device: Device) -> Result<Self> {
+        let teacher = match self.teacher {
+            Teacher::LastHidden { hidden, argmax, logsumexp } => Teacher::LastHidden {
+                hidden: hidden.to_device(device)?,
+                argmax,
+                logsumexp: logsumexp.to_device(device)?,
+            },
+            Teacher::Logits(logits) => Teacher::Logits(logits.to_device(device)?),
+        };
+        Ok(Self { hidden_states: self.hidden_states.to_device(device)?, teacher, ..self })
+    }
+
     /// The number of tokens.
     pub fn n_tokens(&self) -> usize {
         self.input_ids.len()

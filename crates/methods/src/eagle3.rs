@@ -20,12 +20,14 @@ use specforge_models::{Capture, TargetInfo};
 use specforge_nn::init;
 use specforge_nn::rope::{RopeConfig, RopeTables};
 use specforge_tensor::{
-    Attention, AttentionShape, Collected, GroupLoss, KeyValue, Objective, ParamId, Params, SoftTargetLoss,
-    Tape, Tensor, Var, Weight,
+    Attention, AttentionShape, Collected, KeyValue, LossFigures, Objective, ParamId, Params, Part, Rope,
+    SoftTargetLoss, Tape, Tensor, Var, Weight,
 };
 
 use self::plan::{At, Plan};
-use crate::{Batch, DraftMethod, Drafter, Error, Frozen, Loss, Metric, Ratio, Result, Teacher, VocabMap};
+use crate::{
+    Batch, DraftMethod, Drafter, Error, Frozen, Loss, Metric, PendingLoss, Ratio, Result, Teacher, VocabMap,
+};
 
 /// The method's name.
 pub const NAME: &str = "eagle3";
@@ -309,7 +311,7 @@ impl Dims {
     }
 }
 
-/// The draft's modules, by checkpoint name.
+/// The draft's modules, by checkpoint name; those that read the same input side by side.
 #[derive(Debug)]
 struct Modules {
     embed_tokens: ParamId,
@@ -318,12 +320,11 @@ struct Modules {
     input_layernorm: ParamId,
     hidden_norm: ParamId,
     q_proj: Weight,
-    k_proj: Weight,
-    v_proj: Weight,
+    kv_proj: Weight,
+    qkv_proj: Weight,
     o_proj: Weight,
     post_attention_layernorm: ParamId,
-    gate_proj: Weight,
-    up_proj: Weight,
+    gate_up_proj: Weight,
     down_proj: Weight,
     norm: ParamId,
     lm_head: ParamId,
@@ -337,19 +338,21 @@ impl Modules {
         };
         let weight = |name: &str| id(name).map(Weight::of);
         let fc_norm = if dims.fc_norm { 0..N_CAPTURED } else { 0..0 };
+        let attention = |name: &str| weight(&format!("midlayer.self_attn.{name}.weight"));
+        let (q_proj, k_proj, v_proj) = (attention("q_proj")?, attention("k_proj")?, attention("v_proj")?);
+        let (gate, up) = (weight("midlayer.mlp.gate_proj.weight")?, weight("midlayer.mlp.up_proj.weight")?);
         Ok(Self {
             embed_tokens: id("embed_tokens.weight")?,
             fc: weight("fc.weight")?,
             fc_norm: fc_norm.map(|a| id(&format!("fc_norm.{a}.weight"))).collect::<Result<_>>()?,
             input_layernorm: id("midlayer.input_layernorm.weight")?,
             hidden_norm: id("midlayer.hidden_norm.weight")?,
-            q_proj: weight("midlayer.self_attn.q_proj.weight")?,
-            k_proj: weight("midlayer.self_attn.k_proj.weight")?,
-            v_proj: weight("midlayer.self_attn.v_proj.weight")?,
-            o_proj: weight("midlayer.self_attn.o_proj.weight")?,
+            kv_proj: Weight::stacked(&[&k_proj, &v_proj]),
+            qkv_proj: Weight::stacked(&[&q_proj, &k_proj, &v_proj]),
+            q_proj,
+            o_proj: attention("o_proj")?,
             post_attention_layernorm: id("midlayer.post_attention_layernorm.weight")?,
-            gate_proj: weight("midlayer.mlp.gate_proj.weight")?,
-            up_proj: weight("midlayer.mlp.up_proj.weight")?,
+            gate_up_proj: Weight::stacked(&[&gate, &up]),
             down_proj: weight("midlayer.mlp.down_proj.weight")?,
             norm: id("norm.weight")?,
             lm_head: id("lm_head.weight")?,
@@ -383,6 +386,21 @@ impl Eagle3 {
         vocab: VocabMap,
         seed: u64,
     ) -> Result<(Self, Params)> {
+        let device = frozen.embedding.device();
+        let draw = |name: &str, shape: &[usize]| {
+            Ok(init::normal(device, shape, config.initializer_range, seed, name)?)
+        };
+        Self::drawn(config, target, frozen, vocab, draw)
+    }
+
+    /// As [`Eagle3::new`], with matrices that `draw` makes from name and shape: for measuring, on the device itself.
+    pub fn drawn(
+        config: &Config,
+        target: &TargetInfo,
+        frozen: &Frozen,
+        vocab: VocabMap,
+        draw: impl Fn(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<(Self, Params)> {
         let dims = Dims::resolve(config, target, vocab.len())?;
         let device = frozen.embedding.device();
         let mut params = Params::new();
@@ -392,11 +410,14 @@ impl Eagle3 {
             } else if name.ends_with("norm.weight") || name.starts_with("fc_norm") {
                 params.add(name, init::constant(device, &shape, 1.0)?, true);
             } else {
-                let value = init::normal(device, &shape, config.initializer_range, seed, &name)?;
+                let value = draw(&name, &shape)?;
                 params.add(name, value, true);
             }
         }
         let method = Self::over(config, dims, config.capture(target)?, frozen, vocab, &params)?;
+        for together in [&method.modules.qkv_proj, &method.modules.gate_up_proj] {
+            params.stack(together.params())?;
+        }
         Ok((method, params))
     }
 
@@ -446,13 +467,13 @@ impl Eagle3 {
     fn project(&self, tape: &Tape<'_>, hidden_states: &Var) -> Result<Var> {
         let m = &self.modules;
         if m.fc_norm.is_empty() {
-            return Ok(tape.linear(hidden_states, m.fc.clone())?);
+            return Ok(tape.linear(hidden_states, &m.fc)?);
         }
         let mut sum: Option<Var> = None;
         for (a, &norm) in m.fc_norm.iter().enumerate() {
             let cols = a * self.dims.target_hidden_size..(a + 1) * self.dims.target_hidden_size;
             let state = tape.columns(hidden_states, cols.clone())?;
-            let part = tape.linear(&tape.rms_norm(&state, norm, self.eps())?, m.fc.columns(cols))?;
+            let part = tape.linear(&tape.rms_norm(&state, norm, self.eps())?, &m.fc.columns(cols))?;
             sum = Some(match sum {
                 Some(sum) => tape.add(&sum, &part)?,
                 None => part,
@@ -462,40 +483,56 @@ impl Eagle3 {
     }
 
     /// The embedding half of q, k and v for every token, `[T, ..]`: the same at every step but for the row read.
-    fn embedding_half(&self, tape: &Tape<'_>, input_ids: &Tensor) -> Result<[Var; 3]> {
+    fn embedding_half(&self, tape: &Tape<'_>, input_ids: &Tensor) -> Result<Var> {
         let m = &self.modules;
         let e = tape.embedding(m.embed_tokens, input_ids)?;
         let e = tape.rms_norm(&e, m.input_layernorm, self.eps())?;
-        let half = |w: &Weight| tape.linear(&e, w.columns(0..self.dims.hidden_size));
-        Ok([half(&m.q_proj)?, half(&m.k_proj)?, half(&m.v_proj)?])
+        Ok(tape.linear(&e, &m.qkv_proj.columns(0..self.dims.hidden_size))?)
     }
 
-    /// One projection of q, k or v: the hidden half of normed states `n`, plus the embedding half of row `token`.
-    fn project_half(&self, tape: &Tape<'_>, n: &Var, w: &Weight, half: &Var, token: &Tensor) -> Result<Var> {
-        let h = self.dims.hidden_size;
-        let y = tape.linear(n, w.columns(h..2 * h))?;
-        Ok(tape.add_rows(&y, half, token)?)
+    /// Queries, keys and values that `w` projects from normed states `n`: the hidden half, plus the embedding half of
+    /// row `at.token` (in `half` from column `first` on), their first `n_heads` heads rotated.
+    fn attend(
+        &self,
+        tape: &Tape<'_>,
+        (n, half): (&Var, &Var),
+        (w, first, n_heads): (&Weight, usize, usize),
+        at: &At,
+    ) -> Result<Var> {
+        let (h, (cos, sin)) = (self.dims.hidden_size, self.rope.up_to(at.end));
+        let rope = Rope { n_heads, head_dim: self.dims.head_dim, cos, sin, positions: at.position.clone() };
+        let x = tape.linear(n, &w.columns(h..2 * h))?;
+        Ok(tape.rope_added(&x, &rope, &Part::new(half, first), &at.token)?)
     }
 
-    fn rotate(&self, tape: &Tape<'_>, x: &Var, at: &At) -> Result<Var> {
-        let (cos, sin) = self.rope.up_to(at.end);
-        Ok(tape.rope(x, self.dims.head_dim, (&cos, &sin), &at.position)?)
+    /// Queries alone, `[R, N·D]`.
+    fn queries(&self, tape: &Tape<'_>, states: (&Var, &Var), at: &At) -> Result<Var> {
+        self.attend(tape, states, (&self.modules.q_proj, 0, self.dims.num_attention_heads), at)
     }
 
-    /// Keys and values of normed states `n`.
-    fn key_value(&self, tape: &Tape<'_>, n: &Var, half: &[Var; 3], at: &At) -> Result<KeyValue> {
-        let key = self.project_half(tape, n, &self.modules.k_proj, &half[1], &at.token)?;
-        let value = self.project_half(tape, n, &self.modules.v_proj, &half[2], &at.token)?;
-        Ok(KeyValue { key: self.rotate(tape, &key, at)?, value })
+    /// Keys, then values, `[R, 2·G·D]`.
+    fn keys_values(&self, tape: &Tape<'_>, states: (&Var, &Var), at: &At) -> Result<Var> {
+        let what = (&self.modules.kv_proj, self.query_width(), self.dims.num_key_value_heads);
+        self.attend(tape, states, what, at)
+    }
+
+    /// Queries, keys, values, `[R, (N + 2·G)·D]`.
+    fn queries_keys_values(&self, tape: &Tape<'_>, states: (&Var, &Var), at: &At) -> Result<Var> {
+        let n_heads = self.dims.num_attention_heads + self.dims.num_key_value_heads;
+        self.attend(tape, states, (&self.modules.qkv_proj, 0, n_heads), at)
+    }
+
+    fn query_width(&self) -> usize {
+        self.dims.num_attention_heads * self.dims.head_dim
     }
 
     /// The rest of the layer for states `h` whose attention is `a`: both residual branches.
     fn finish_layer(&self, tape: &Tape<'_>, h: &Var, a: &Var) -> Result<Var> {
         let m = &self.modules;
-        let h = tape.add(h, &tape.linear(a, m.o_proj.clone())?)?;
+        let h = tape.linear_add(a, &m.o_proj, h)?;
         let n = tape.rms_norm(&h, m.post_attention_layernorm, self.eps())?;
-        let (gate, up) = (tape.linear(&n, m.gate_proj.clone())?, tape.linear(&n, m.up_proj.clone())?);
-        Ok(tape.add(&h, &tape.linear(&tape.swiglu(&gate, &up)?, m.down_proj.clone())?)?)
+        let gate_up = tape.linear(&n, &m.gate_up_proj)?;
+        Ok(tape.linear_add(&tape.swiglu(&gate_up)?, &m.down_proj, &h)?)
     }
 
     /// All TTT steps; returns the states that the head reads for the rows with loss, in the order of `plan.rows`.
@@ -506,21 +543,25 @@ impl Eagle3 {
         let g = self.project(tape, &tape.input(batch.hidden_states.clone()))?;
         let half = self.embedding_half(tape, &Tensor::from_u32(device, batch.input_ids.clone()))?;
         let n = tape.rms_norm(&g, m.hidden_norm, self.eps())?;
-        let base = self.key_value(tape, &n, &half, &Plan::all_rows(batch, device))?;
+        let base = self.keys_values(tape, (&n, &half), &Plan::all_rows(batch, device))?;
+        let (shape, spans) = (self.attention_shape(), plan.spans(device));
+        let base = KeyValue::packed(&base, 0, shape);
         // 2. From here on only live rows.
         let live = Tensor::from_u32(device, plan.live.clone());
         let (mut h, mut n) = (tape.gather_rows(&g, &live)?, tape.gather_rows(&n, &live)?);
-        let spans = plan.spans(device);
         let (mut extras, mut states) = (Vec::new(), Vec::new());
         for step in 0..self.config.ttt_steps {
             let at = plan.live_rows(batch, step, device);
-            let q = self.project_half(tape, &n, &m.q_proj, &half[0], &at.token)?;
-            let q = self.rotate(tape, &q, &at)?;
-            if step > 0 {
-                extras.push((self.key_value(tape, &n, &half, &at)?, None));
-            }
-            let (shape, spans) = (self.attention_shape(), &spans);
-            let a = tape.attention(&Attention { shape, query: &q, base: &base, spans, extras: &extras })?;
+            let q = if step == 0 {
+                self.queries(tape, (&n, &half), &at)?
+            } else {
+                let qkv = self.queries_keys_values(tape, (&n, &half), &at)?;
+                extras.push((KeyValue::packed(&qkv, self.query_width(), shape), None));
+                qkv
+            };
+            let query = Part::new(&q, 0);
+            let a =
+                tape.attention(&Attention { shape, query, base: &base, spans: &spans, extras: &extras })?;
             // 3. This step's output: to the head, and to the next step.
             let out = self.finish_layer(tape, &h, &a)?;
             let normed = if self.dims.norm_output { tape.rms_norm(&out, m.norm, self.eps())? } else { out };
@@ -546,7 +587,7 @@ impl Eagle3 {
             }
             Teacher::Logits(logits) => {
                 let stats = Tape::logit_stats(logits)?;
-                let argmax = stats.argmax.u32s().unwrap_or_default().to_vec();
+                let argmax = stats.argmax.to_u32();
                 let rows = self.kept_columns(logits)?;
                 Ok(TeacherParts { rows, are_logits: true, argmax, logsumexp: stats.logsumexp })
             }
@@ -579,7 +620,7 @@ impl DraftMethod for Eagle3 {
         &self.vocab
     }
 
-    fn loss(&self, tape: &Tape<'_>, batch: &Batch) -> Result<Loss> {
+    fn loss(&self, tape: &Tape<'_>, batch: &Batch) -> Result<PendingLoss> {
         // 1. What the batch is, and which rows matter.
         batch.check(N_CAPTURED * self.dims.target_hidden_size)?;
         let longest = batch.positions.iter().max().map_or(0, |&p| p as usize + 1);
@@ -611,12 +652,14 @@ impl DraftMethod for Eagle3 {
             objective: self.config.objective(),
             group_weight: &group_weight,
         })?;
-        // 4. Figures.
-        Ok(self.report(&plan, &stats.groups(), &stats.argmax(), &group_weight))
+        // 4. Figures, when they are there.
+        let (weight, target_ids) = (plan.rows.total_weight, self.vocab.target_ids().to_vec());
+        let loss = stats.map(move |figures| report(&plan, &figures, &target_ids, &group_weight));
+        Ok(PendingLoss { weight, loss })
     }
 
     fn drafter<'a>(&'a self, params: &'a Params) -> Result<Box<dyn Drafter + 'a>> {
-        Ok(Box::new(drafter::Eagle3Drafter::new(self, params)))
+        Ok(Box::new(drafter::Eagle3Drafter::new(self, params)?))
     }
 
     fn export_config(&self) -> BTreeMap<String, serde_json::Value> {
@@ -641,25 +684,24 @@ impl DraftMethod for Eagle3 {
     }
 }
 
-impl Eagle3 {
-    fn report(&self, plan: &Plan, groups: &[GroupLoss], argmax: &[u32], group_weight: &[f64]) -> Loss {
-        let weight = plan.rows.total_weight;
-        let mut correct = vec![0.0; groups.len()];
-        for ((&group, &draft), &best) in plan.rows.group.iter().zip(argmax).zip(&plan.best) {
-            correct[group as usize] += f64::from(u8::from(self.vocab.target_ids()[draft as usize] == best));
-        }
-        let metric = |name, value: &dyn Fn(usize) -> Ratio| Metric {
-            name,
-            values: (0..groups.len()).map(value).collect(),
-        };
-        let objective = groups.iter().zip(group_weight).map(|(g, w)| g.loss * w).sum();
-        Loss {
-            objective: Ratio { sum: objective, weight },
-            metrics: vec![
-                metric("loss", &|i| Ratio { sum: groups[i].loss, weight }),
-                metric("accuracy", &|i| Ratio { sum: correct[i], weight: plan.supervised[i] }),
-                metric("acceptance", &|i| Ratio { sum: groups[i].acceptance, weight: groups[i].count }),
-            ],
-        }
+/// The loss and its figures per TTT step.
+fn report(plan: &Plan, figures: &LossFigures, target_ids: &[u32], group_weight: &[f64]) -> Loss {
+    let (groups, weight) = (&figures.groups, plan.rows.total_weight);
+    let mut correct = vec![0.0; groups.len()];
+    for ((&group, &draft), &best) in plan.rows.group.iter().zip(&figures.argmax).zip(&plan.best) {
+        correct[group as usize] += f64::from(u8::from(target_ids[draft as usize] == best));
+    }
+    let metric = |name, value: &dyn Fn(usize) -> Ratio| Metric {
+        name,
+        values: (0..groups.len()).map(value).collect(),
+    };
+    let objective = groups.iter().zip(group_weight).map(|(g, w)| g.loss * w).sum();
+    Loss {
+        objective: Ratio { sum: objective, weight },
+        metrics: vec![
+            metric("loss", &|i| Ratio { sum: groups[i].loss, weight }),
+            metric("accuracy", &|i| Ratio { sum: correct[i], weight: plan.supervised[i] }),
+            metric("acceptance", &|i| Ratio { sum: groups[i].acceptance, weight: groups[i].count }),
+        ],
     }
 }

@@ -11,7 +11,7 @@ mod batch;
 pub mod eagle3;
 mod vocab;
 
-pub use batch::{Batch, Loss, Metric, Ratio, Teacher};
+pub use batch::{Batch, Loss, Metric, PendingLoss, Ratio, Teacher};
 pub use vocab::VocabMap;
 
 use std::collections::BTreeMap;
@@ -140,7 +140,7 @@ pub trait DraftMethod: Debug + Send + Sync {
     fn capture(&self) -> &Capture;
 
     /// Runs the draft on a packed batch and puts the loss on the tape.
-    fn loss(&self, tape: &Tape<'_>, batch: &Batch) -> Result<Loss>;
+    fn loss(&self, tape: &Tape<'_>, batch: &Batch) -> Result<PendingLoss>;
 
     /// Starts drafting for one sequence.
     fn drafter<'a>(&'a self, params: &'a Params) -> Result<Box<dyn Drafter + 'a>>;

@@ -11,7 +11,7 @@ use crate::{Error, Result, Target};
 /// Rows are appended in place; a clone shares them until one of the two is written.
 #[derive(Debug, Clone)]
 pub struct KvCache {
-    /// Keys and values, each float32 `[rows, n_kv_heads · head_dim]`.
+    /// Keys and values, each `[rows, n_kv_heads · head_dim]`.
     layers: Vec<[Tensor; 2]>,
     /// Rows before the last extension, and the parents of the rows in it.
     last: (usize, Vec<u32>),
@@ -20,18 +20,18 @@ pub struct KvCache {
 
 impl KvCache {
     /// An empty cache with room for `capacity` rows, tree nodes included; it grows beyond where it has to.
-    pub fn new(target: &Target, capacity: usize) -> Self {
+    pub fn new(target: &Target, capacity: usize) -> Result<Self> {
         let info = target.info();
         let width = info.n_kv_heads * info.head_dim;
-        let empty = || {
-            // Truncating keeps the storage, and zeroed storage takes no memory before it is written.
-            let mut rows =
-                Tensor::zeros(target.device(), &[capacity.min(info.max_position_embeddings), width]);
+        let empty = || -> Result<Tensor> {
+            // Truncating keeps the storage, and on the CPU zeroed storage takes no memory before it is written.
+            let shape = [capacity.min(info.max_position_embeddings), width];
+            let mut rows = Tensor::activations(target.device(), &shape)?;
             rows.truncate_rows(0);
-            rows
+            Ok(rows)
         };
-        let layers = (0..info.n_layers).map(|_| [empty(), empty()]).collect();
-        Self { layers, last: (0, Vec::new()), is_tree: false }
+        let layers = (0..info.n_layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_>>()?;
+        Ok(Self { layers, last: (0, Vec::new()), is_tree: false })
     }
 
     /// Rows held: the sequence, and the nodes of a tree that is not settled yet.
@@ -83,7 +83,7 @@ impl KvCache {
         let index: Vec<u32> = accepted.iter().map(|&node| (first + node) as u32).collect();
         for rows in self.layers.iter_mut().flatten() {
             let device = rows.device();
-            let kept = device.kernels().gather_rows(rows, &Tensor::from_u32(device, index.clone()));
+            let kept = device.kernels().gather_rows(rows, &Tensor::from_u32(device, index.clone()))?;
             rows.truncate_rows(first);
             rows.append_rows(&kept)?;
         }

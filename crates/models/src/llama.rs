@@ -8,7 +8,7 @@ use specforge_tensor::{ParamId, Var, Weight};
 use crate::config::parse;
 use crate::loader::Loader;
 use crate::mlp::Mlp;
-use crate::pass::{Layer, Layers, Pass};
+use crate::pass::{Layer, Layers, Pass, qkv};
 use crate::{Result, TargetInfo};
 
 /// The settings of `config.json` that only this family has.
@@ -25,9 +25,7 @@ struct Config {
 #[derive(Debug)]
 struct LlamaLayer {
     input_layernorm: ParamId,
-    q_proj: Weight,
-    k_proj: Weight,
-    v_proj: Weight,
+    qkv_proj: Weight,
     o_proj: Weight,
     post_attention_layernorm: ParamId,
     mlp: Mlp,
@@ -49,9 +47,7 @@ impl LlamaLayer {
         let bias = config.attention_bias;
         Ok(Self {
             input_layernorm: loader.norm("input_layernorm", h)?,
-            q_proj: loader.linear("self_attn.q_proj", h, q, bias)?,
-            k_proj: loader.linear("self_attn.k_proj", h, kv, bias)?,
-            v_proj: loader.linear("self_attn.v_proj", h, kv, bias)?,
+            qkv_proj: loader.stacked(&qkv(q, kv), h, bias)?,
             o_proj: loader.linear("self_attn.o_proj", q, h, bias)?,
             post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
             mlp: Mlp::new(info, config.mlp_bias, &mut loader.at("mlp"))?,
@@ -64,16 +60,14 @@ impl Layer for LlamaLayer {
         let tape = pass.tape;
         // 1. Queries [R, N·D], keys and values [R, G·D] of the normed state.
         let x = tape.rms_norm(h, self.input_layernorm, pass.eps)?;
-        let q = tape.linear(&x, self.q_proj.clone())?;
-        let k = tape.linear(&x, self.k_proj.clone())?;
-        let v = tape.linear(&x, self.v_proj.clone())?;
+        let qkv = tape.linear(&x, &self.qkv_proj)?;
         // 2. Positions.
-        let (q, k) = (pass.rope(&q)?, pass.rope(&k)?);
+        let qkv = pass.rope_packed(&qkv)?;
         // 3. Attention to everything before, and the residual sum.
-        let a = pass.attention(&q, &k, &v, None)?;
-        let h = tape.add(h, &tape.linear(&a, self.o_proj.clone())?)?;
+        let a = pass.attention_packed(&qkv, None)?;
+        let h = tape.linear_add(&a, &self.o_proj, h)?;
         // 4. MLP of the normed state, and the residual sum.
         let x = tape.rms_norm(&h, self.post_attention_layernorm, pass.eps)?;
-        Ok(tape.add(&h, &self.mlp.forward(tape, &x)?)?)
+        self.mlp.add_to(tape, &h, &x)
     }
 }

@@ -8,11 +8,20 @@ use specforge_tensor::{DType, Device, ParamId, Params, Tensor, Weight};
 
 use crate::{Error, Result};
 
+/// Where weights come from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Source<'a> {
+    /// Files.
+    Files(&'a Weights),
+    /// Nowhere: the device draws them, for measuring.
+    Random,
+}
+
 /// Where weights come from and go to; `at` a part of the model, named as in the checkpoint.
 #[derive(Debug)]
 pub(crate) struct Loader<'a> {
     pub folder: &'a Path,
-    pub weights: &'a Weights,
+    pub source: Source<'a>,
     pub params: &'a mut Params,
     pub device: Device,
     /// The storage type; absent: as in the file.
@@ -25,7 +34,7 @@ impl Loader<'_> {
     pub(crate) fn at(&mut self, name: &str) -> Loader<'_> {
         Loader {
             folder: self.folder,
-            weights: self.weights,
+            source: self.source,
             params: self.params,
             device: self.device,
             storage: self.storage,
@@ -40,6 +49,17 @@ impl Loader<'_> {
         Ok(Weight::of(weight).with_bias(bias))
     }
 
+    /// Linear layers of these names and output widths over the same input of width `n_in`, as one.
+    pub(crate) fn stacked(&mut self, layers: &[(&str, usize)], n_in: usize, bias: bool) -> Result<Weight> {
+        let layers: Vec<Weight> = layers
+            .iter()
+            .map(|(name, n_out)| self.linear(name, n_in, *n_out, bias))
+            .collect::<Result<_>>()?;
+        let together = Weight::stacked(&layers.iter().collect::<Vec<_>>());
+        self.params.stack(together.params())?;
+        Ok(together)
+    }
+
     /// The weight of a norm over `n` elements.
     pub(crate) fn norm(&mut self, name: &str, n: usize) -> Result<ParamId> {
         self.tensor(&format!("{name}.weight"), &[n])
@@ -48,9 +68,18 @@ impl Loader<'_> {
     /// A table, or any other tensor of a given shape, by its full name below the prefix.
     pub(crate) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<ParamId> {
         let name = format!("{}{name}", self.prefix);
-        let view = self.weights.require(&name, shape)?;
-        let tensor = self.convert(&name, &view)?;
+        let tensor = match self.source {
+            Source::Files(weights) => self.convert(&name, &weights.require(&name, shape)?)?,
+            Source::Random => self.draw(shape)?,
+        };
         Ok(self.params.add(name, tensor, false))
+    }
+
+    /// Values that keep a forward pass in a sane range: norms near 1, matrices that keep the size of what they multiply.
+    fn draw(&self, shape: &[usize]) -> Result<Tensor> {
+        let seed = self.params.len() as u64;
+        let std = shape.get(1).map_or(1.0, |n| (*n as f32).powf(-0.5));
+        Ok(Tensor::random(self.device, shape, std, seed)?)
     }
 
     /// Straight from the mapped bytes to the storage type.

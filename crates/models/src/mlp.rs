@@ -8,8 +8,7 @@ use crate::{Result, TargetInfo};
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
 pub(crate) struct Mlp {
-    gate: Weight,
-    up: Weight,
+    gate_up: Weight,
     down: Weight,
 }
 
@@ -17,15 +16,14 @@ impl Mlp {
     pub(crate) fn new(info: &TargetInfo, bias: bool, loader: &mut Loader<'_>) -> Result<Self> {
         let (h, i) = (info.hidden_size, info.intermediate_size);
         Ok(Self {
-            gate: loader.linear("gate_proj", h, i, bias)?,
-            up: loader.linear("up_proj", h, i, bias)?,
+            gate_up: loader.stacked(&[("gate_proj", i), ("up_proj", i)], h, bias)?,
             down: loader.linear("down_proj", i, h, bias)?,
         })
     }
 
-    pub(crate) fn forward(&self, tape: &Tape<'_>, x: &Var) -> Result<Var> {
-        let gate = tape.linear(x, self.gate.clone())?;
-        let up = tape.linear(x, self.up.clone())?;
-        Ok(tape.linear(&tape.swiglu(&gate, &up)?, self.down.clone())?)
+    /// The residual stream `h` with the MLP of its normed state `x` added.
+    pub(crate) fn add_to(&self, tape: &Tape<'_>, h: &Var, x: &Var) -> Result<Var> {
+        let gate_up = tape.linear(x, &self.gate_up)?;
+        Ok(tape.linear_add(&tape.swiglu(&gate_up)?, &self.down, h)?)
     }
 }

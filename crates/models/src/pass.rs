@@ -4,7 +4,7 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use specforge_tensor::{Attention, AttentionShape, KeyValue, Spans, Tape, Tensor, Var};
+use specforge_tensor::{Attention, AttentionShape, KeyValue, Part, Rope, Spans, Tape, Tensor, Var};
 
 use crate::cache::{KvCache, Tree};
 use crate::rotary::Rotary;
@@ -56,29 +56,47 @@ impl<'t, 'p> Pass<'t, 'p> {
 
     /// Heads turned by their rows' positions; x `[R, heads · head_dim]`.
     pub(crate) fn rope(&self, x: &Var) -> Result<Var> {
+        self.turn(x, x.rows_cols().1 / self.shape.head_dim)
+    }
+
+    /// As [`Pass::rope`], of queries, keys and values side by side: the values stay.
+    pub(crate) fn rope_packed(&self, qkv: &Var) -> Result<Var> {
+        self.turn(qkv, self.shape.n_heads + self.shape.n_kv_heads)
+    }
+
+    fn turn(&self, x: &Var, n_heads: usize) -> Result<Var> {
         let Rotary { cos, sin, rows } = &self.rotary;
-        Ok(self.tape.rope(x, self.shape.head_dim, (cos, sin), rows)?)
+        let (cos, sin, positions) = (cos.clone(), sin.clone(), rows.clone());
+        Ok(self.tape.rope(x, &Rope { n_heads, head_dim: self.shape.head_dim, cos, sin, positions })?)
+    }
+
+    /// As [`Pass::attention`], of queries, keys and values side by side.
+    pub(crate) fn attention_packed(&mut self, qkv: &Var, window: Option<usize>) -> Result<Var> {
+        let first_key = self.shape.n_heads * self.shape.head_dim;
+        self.attention(Part::new(qkv, 0), KeyValue::packed(qkv, first_key, self.shape), window)
     }
 
     /// Attention of queries `[R, N·D]` to keys and values `[R, G·D]` of the pass and of the cache. With a window a
     /// query sees that many keys, itself included.
-    pub(crate) fn attention(&mut self, q: &Var, k: &Var, v: &Var, window: Option<usize>) -> Result<Var> {
-        let (tape, shape, device) = (self.tape, self.shape, q.value().device());
-        let new = KeyValue { key: k.clone(), value: v.clone() };
+    pub(crate) fn attention(&mut self, query: Part, new: KeyValue, window: Option<usize>) -> Result<Var> {
+        let (tape, shape, device) = (self.tape, self.shape, query.of.value().device());
+        let n = query.of.rows_cols().0;
         let attend = |base: &KeyValue, spans: Vec<(u32, u32)>, extras: &[(KeyValue, Option<Tensor>)]| {
             let (lo, hi) = spans.into_iter().unzip();
             let spans = Spans { lo: Tensor::from_u32(device, lo), hi: Tensor::from_u32(device, hi) };
-            Ok(tape.attention(&Attention { shape, query: q, base, spans: &spans, extras })?)
+            Ok(tape.attention(&Attention { shape, query: query.clone(), base, spans: &spans, extras })?)
         };
         let (cache, first, tree) = match &mut self.sight {
             Sight::Documents(bounds) => return attend(&new, document_spans(bounds, window), &[]),
             Sight::Cached { cache, first, tree } => (cache, *first, *tree),
         };
-        cache.append(self.layer, [k.value(), v.value()])?;
+        let width = shape.n_kv_heads * shape.head_dim;
+        let rows = |part: &Part| tape.columns(&part.of, part.first..part.first + width);
+        cache.append(self.layer, [rows(&new.key)?.value(), rows(&new.value)?.value()])?;
         let [key, value] = cache.layer(self.layer).map(|rows| tape.input(rows));
-        let base = KeyValue { key, value };
+        let base = KeyValue::new(&key, &value);
         match tree {
-            None => attend(&base, continuation_spans(first, q.rows_cols().0, window), &[]),
+            None => attend(&base, continuation_spans(first, n, window), &[]),
             Some(tree) => {
                 let ancestors = tree.ancestors(window).into_iter();
                 let extras: Vec<_> =
@@ -87,6 +105,13 @@ impl<'t, 'p> Pass<'t, 'p> {
             }
         }
     }
+}
+
+/// Names and widths of the projections to queries and to keys and values, for [`Loader::stacked`].
+///
+/// [`Loader::stacked`]: crate::loader::Loader::stacked
+pub(crate) fn qkv(q: usize, kv: usize) -> [(&'static str, usize); 3] {
+    [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]
 }
 
 /// The first key in a window that ends with key `last`.

@@ -8,15 +8,13 @@ use specforge_tensor::{ParamId, Var, Weight};
 use crate::config::{Windows, parse};
 use crate::loader::Loader;
 use crate::mlp::Mlp;
-use crate::pass::{Layer, Layers, Pass};
+use crate::pass::{Layer, Layers, Pass, qkv};
 use crate::{Result, TargetInfo};
 
 #[derive(Debug)]
 struct Qwen2Layer {
     input_layernorm: ParamId,
-    q_proj: Weight,
-    k_proj: Weight,
-    v_proj: Weight,
+    qkv_proj: Weight,
     o_proj: Weight,
     post_attention_layernorm: ParamId,
     mlp: Mlp,
@@ -38,9 +36,7 @@ impl Qwen2Layer {
         let (q, kv) = (info.n_heads * info.head_dim, info.n_kv_heads * info.head_dim);
         Ok(Self {
             input_layernorm: loader.norm("input_layernorm", h)?,
-            q_proj: loader.linear("self_attn.q_proj", h, q, true)?,
-            k_proj: loader.linear("self_attn.k_proj", h, kv, true)?,
-            v_proj: loader.linear("self_attn.v_proj", h, kv, true)?,
+            qkv_proj: loader.stacked(&qkv(q, kv), h, true)?,
             o_proj: loader.linear("self_attn.o_proj", q, h, false)?,
             post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
             mlp: Mlp::new(info, false, &mut loader.at("mlp"))?,
@@ -54,16 +50,14 @@ impl Layer for Qwen2Layer {
         let tape = pass.tape;
         // 1. Queries [R, N·D], keys and values [R, G·D] of the normed state, with biases.
         let x = tape.rms_norm(h, self.input_layernorm, pass.eps)?;
-        let q = tape.linear(&x, self.q_proj.clone())?;
-        let k = tape.linear(&x, self.k_proj.clone())?;
-        let v = tape.linear(&x, self.v_proj.clone())?;
+        let qkv = tape.linear(&x, &self.qkv_proj)?;
         // 2. Positions.
-        let (q, k) = (pass.rope(&q)?, pass.rope(&k)?);
+        let qkv = pass.rope_packed(&qkv)?;
         // 3. Attention to what the window shows, and the residual sum.
-        let a = pass.attention(&q, &k, &v, self.window)?;
-        let h = tape.add(h, &tape.linear(&a, self.o_proj.clone())?)?;
+        let a = pass.attention_packed(&qkv, self.window)?;
+        let h = tape.linear_add(&a, &self.o_proj, h)?;
         // 4. MLP of the normed state, and the residual sum.
         let x = tape.rms_norm(&h, self.post_attention_layernorm, pass.eps)?;
-        Ok(tape.add(&h, &self.mlp.forward(tape, &x)?)?)
+        self.mlp.add_to(tape, &h, &x)
     }
 }

@@ -4,7 +4,7 @@
 //! be H).
 
 use serde::Deserialize;
-use specforge_tensor::{ParamId, Var, Weight};
+use specforge_tensor::{KeyValue, ParamId, Part, Var, Weight};
 
 use crate::config::{Windows, parse};
 use crate::loader::Loader;
@@ -74,17 +74,18 @@ impl Layer for Qwen3Layer {
         let tape = pass.tape;
         // 1. Queries [R, N·D], keys and values [R, G·D] of the normed state.
         let x = tape.rms_norm(h, self.input_layernorm, pass.eps)?;
-        let q = tape.linear(&x, self.q_proj.clone())?;
-        let k = tape.linear(&x, self.k_proj.clone())?;
-        let v = tape.linear(&x, self.v_proj.clone())?;
+        let q = tape.linear(&x, &self.q_proj)?;
+        let k = tape.linear(&x, &self.k_proj)?;
+        let v = tape.linear(&x, &self.v_proj)?;
         // 2. Each head of q and k normed by itself, then positions.
         let q = pass.rope(&tape.rms_norm(&q, self.q_norm, pass.eps)?)?;
         let k = pass.rope(&tape.rms_norm(&k, self.k_norm, pass.eps)?)?;
         // 3. Attention to what the window shows, and the residual sum.
-        let a = pass.attention(&q, &k, &v, self.window)?;
-        let h = tape.add(h, &tape.linear(&a, self.o_proj.clone())?)?;
+        let kv = KeyValue::new(&k, &v);
+        let a = pass.attention(Part::new(&q, 0), kv, self.window)?;
+        let h = tape.linear_add(&a, &self.o_proj, h)?;
         // 4. MLP of the normed state, and the residual sum.
         let x = tape.rms_norm(&h, self.post_attention_layernorm, pass.eps)?;
-        Ok(tape.add(&h, &self.mlp.forward(tape, &x)?)?)
+        self.mlp.add_to(tape, &h, &x)
     }
 }

@@ -7,7 +7,7 @@ use specforge_nn::weights::Weights;
 use specforge_tensor::{DType, Device, ParamId, Params, Tape, Tensor, Weight};
 
 use crate::cache::{KvCache, Tree};
-use crate::loader::Loader;
+use crate::loader::{Loader, Source};
 use crate::pass::{Layers, Pass, Sight};
 use crate::rotary::{Rotary, RotaryTables, Sequence};
 use crate::{Capture, Captured, Error, Result, TargetInfo, architecture};
@@ -34,11 +34,26 @@ impl Target {
     pub fn load(folder: impl AsRef<Path>, device: Device, storage: Option<DType>) -> Result<Self> {
         let folder = folder.as_ref();
         let info = TargetInfo::read(folder)?;
-        let architecture = architecture::of(&info.path, &info.raw)?;
         let weights = Weights::open(folder)?;
+        Self::build(info, folder, Source::Files(&weights), device, storage)
+    }
+
+    /// A target of this description with weights that the device draws: for measuring.
+    pub fn random(info: TargetInfo, device: Device) -> Result<Self> {
+        Self::build(info, Path::new("random weights"), Source::Random, device, None)
+    }
+
+    fn build(
+        info: TargetInfo,
+        folder: &Path,
+        source: Source<'_>,
+        device: Device,
+        storage: Option<DType>,
+    ) -> Result<Self> {
+        let architecture = architecture::of(&info.path, &info.raw)?;
         let mut params = Params::new();
         let mut loader =
-            Loader { folder, weights: &weights, params: &mut params, device, storage, prefix: String::new() };
+            Loader { folder, source, params: &mut params, device, storage, prefix: String::new() };
         let table = [info.vocab_size, info.hidden_size];
         let embedding = loader.tensor("model.embed_tokens.weight", &table)?;
         let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;
@@ -72,7 +87,7 @@ impl Target {
     /// Logits `[R, V]` of last hidden states `[R, H]`.
     pub fn logits(&self, last_hidden: &Tensor) -> Result<Tensor> {
         let tape = Tape::inference(&self.params);
-        Ok(tape.linear(&tape.input(last_hidden.clone()), Weight::of(self.head))?.value().clone())
+        Ok(tape.linear(&tape.input(last_hidden.clone()), &Weight::of(self.head))?.value().clone())
     }
 
     /// Runs documents of any lengths, packed without padding: each starts at position 0 and sees itself alone.
@@ -146,7 +161,7 @@ impl Target {
         let (device, width) = (self.device, self.info.hidden_size);
         let tape = Tape::inference(&self.params);
         let mut pass = Pass::new(&self.info, &tape, rotary, sight);
-        let mut states = Tensor::zeros(device, &[tokens.len(), capture.layers.len() * width]);
+        let mut states = Tensor::activations(device, &[tokens.len(), capture.layers.len() * width])?;
         // 1. Embeddings.
         let mut h = tape.embedding(self.embedding, &Tensor::from_u32(device, tokens.to_vec()))?;
         // 2. Layers; the outputs asked for go side by side.
@@ -154,7 +169,7 @@ impl Target {
             pass.layer = i;
             h = layer.forward(&mut pass, &h)?;
             if let Ok(slot) = capture.layers.binary_search(&i) {
-                device.kernels().add_columns(&mut states, slot * width..(slot + 1) * width, h.value());
+                device.kernels().add_columns(&mut states, slot * width..(slot + 1) * width, h.value())?;
             }
         }
         // 3. Final norm.

@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use specforge_tensor::{Device, Result, Tensor};
 
-/// A weight of normal values with mean 0 and the given standard deviation (Box-Muller over ChaCha8).
+/// A weight, in the device's storage type, of normal values with mean 0 and the given standard deviation (Box-Muller over ChaCha8).
 pub fn normal(device: Device, shape: &[usize], std: f64, seed: u64, name: &str) -> Result<Tensor> {
     let mut rng = stream(seed, name);
     let mut unit = || ((rng.next_u64() >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
@@ -16,12 +16,12 @@ pub fn normal(device: Device, shape: &[usize], std: f64, seed: u64, name: &str) 
         values.extend([(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
     }
     values.truncate(n);
-    Tensor::from_f32(device, values, shape)
+    Tensor::from_f32(device, values, shape)?.cast(device.storage())
 }
 
 /// A weight of one value.
 pub fn constant(device: Device, shape: &[usize], value: f32) -> Result<Tensor> {
-    Tensor::from_f32(device, vec![value; shape.iter().product()], shape)
+    Tensor::from_f32(device, vec![value; shape.iter().product()], shape)?.cast(device.storage())
 }
 
 /// A random stream of its own for a seed and a name: the same on every machine.

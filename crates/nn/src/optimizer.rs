@@ -4,7 +4,7 @@ mod config;
 #[cfg(test)]
 mod tests;
 
-use specforge_tensor::{AdamStep, DType, Grads, Param, ParamId, Params, Tensor};
+use specforge_tensor::{AdamTensor, DType, Grads, Later, Param, ParamId, Params, Tensor};
 
 pub use config::AdamWConfig;
 
@@ -46,6 +46,10 @@ pub enum Error {
         /// Element type and shape that came.
         got: String,
     },
+
+    /// The engine.
+    #[error(transparent)]
+    Tensor(#[from] specforge_tensor::Error),
 }
 
 /// What one optimizer step did.
@@ -72,8 +76,8 @@ pub struct AdamW {
 struct State {
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    /// The exact value, where the parameter's storage rounds it.
-    master: Option<Tensor>,
+    /// What the parameter's storage loses of its master weight.
+    remainder: Option<Tensor>,
     /// Steps this parameter took: a parameter without a gradient is passed over, its bias correction too.
     steps: u64,
 }
@@ -82,7 +86,8 @@ impl AdamW {
     /// An optimizer at its start for the trainable parameters as they are now.
     pub fn new(config: AdamWConfig, params: &Params) -> Result<Self> {
         config.check()?;
-        let states = params.iter().map(|(_, p)| p.trainable.then(|| State::new(p))).collect();
+        let state = |p: &Param| p.trainable.then(|| State::new(p)).transpose();
+        let states = params.iter().map(|(_, p)| state(p)).collect::<Result<_>>()?;
         Ok(Self { config, states, steps: 0 })
     }
 
@@ -99,35 +104,47 @@ impl AdamW {
     /// One step with the learning rate `lr`. `grads` are sums; their mean is what they give divided by `weight`.
     ///
     /// Parameters without a gradient stay as they are. So does everything if the norm is not finite (overflow, or
-    /// nothing to learn from: weight 0): the report says so, and the step does not count.
-    pub fn step(&mut self, params: &mut Params, grads: &Grads, weight: f64, lr: f64) -> StepReport {
-        let stepped: Vec<(usize, ParamId)> = params
-            .iter()
-            .enumerate()
-            .filter(|(_, (id, p))| p.trainable && grads.get(*id).is_some())
-            .map(|(index, (id, _))| (index, id))
-            .collect();
-        let grad_norm = global_norm(&stepped, grads) / weight;
-        if !grad_norm.is_finite() {
-            return StepReport { grad_norm, clipped: false };
+    /// nothing to learn from: weight 0): the report says so, and whoever reads it must stop. A device reports when it
+    /// has got there, so that nothing has to wait.
+    pub fn step(
+        &mut self,
+        params: &mut Params,
+        grads: &Grads,
+        weight: f64,
+        lr: f64,
+    ) -> Result<Later<StepReport>> {
+        let step = self.config.adam_step(lr, weight);
+        let mut tensors = Vec::new();
+        for ((id, param), state) in params.iter_mut().zip(&mut self.states) {
+            if let (Some(state), Some(grad)) = (state, grads.get(id)) {
+                tensors.push(state.tensor(&mut param.value, grad));
+            }
         }
-        let clip = self.config.clip(grad_norm);
-        for (index, id) in stepped {
-            let state =
-                self.states[index].as_mut().expect("no parameter is unfrozen after the optimizer is made");
-            let grad = grads.get(id).expect("only parameters with a gradient are stepped");
-            state.update(&mut params.get_mut(id).value, grad, self.config.adam_step(lr, clip / weight));
+        let norm = match tensors.first() {
+            Some(first) => first.grad.device().kernels().adamw(&mut tensors, &step)?,
+            None => Later::ready(0.0 / weight),
+        };
+        let is_skipped = norm.peek().is_some_and(|norm| !norm.is_finite());
+        if !is_skipped {
+            self.steps += 1;
+            let stepped =
+                self.states.iter_mut().zip(params.iter()).filter(|(_, (id, _))| grads.get(*id).is_some());
+            stepped.filter_map(|(state, _)| state.as_mut()).for_each(|state| state.steps += 1);
         }
-        self.steps += 1;
-        StepReport { grad_norm, clipped: clip < 1.0 }
+        let max_norm = self.config.max_grad_norm;
+        Ok(norm.map(move |grad_norm| StepReport {
+            grad_norm,
+            clipped: max_norm > 0.0 && grad_norm.is_finite() && grad_norm + 1e-6 > max_norm,
+        }))
     }
 
     /// Everything a checkpoint keeps besides the parameters and [`AdamW::steps`], all float32 and exact:
     /// `exp_avg.<name>`, `exp_avg_sq.<name>` (shaped like the parameter), `step.<name>` (`[1]`, the steps this
     /// parameter took) and, where its storage is not float32, `master.<name>`.
-    pub fn state(&self, params: &Params) -> Vec<(String, Tensor)> {
+    pub fn state(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {
         let with_state = params.iter().zip(&self.states).filter_map(|((_, p), s)| Some((p, s.as_ref()?)));
-        with_state.flat_map(|(param, state)| state.named(param)).collect()
+        let named = with_state.map(|(param, state)| state.named(param)).collect::<Result<Vec<_>>>()?;
+        Ok(named.into_iter().flatten().collect())
     }
 
     /// An optimizer that goes on from a saved state: bit for bit as if it had never stopped. `find` gives the
@@ -149,49 +166,45 @@ impl AdamW {
     }
 }
 
-/// The root of the sum of squares over all gradients, in declaration order.
-fn global_norm(stepped: &[(usize, ParamId)], grads: &Grads) -> f64 {
-    let squares =
-        stepped.iter().filter_map(|(_, id)| grads.get(*id)).map(|g| g.device().kernels().sum_squares(g));
-    squares.sum::<f64>().sqrt()
-}
-
 impl State {
-    fn new(param: &Param) -> Self {
+    fn new(param: &Param) -> Result<Self> {
         let value = &param.value;
         let zeros = || Tensor::zeros(value.device(), value.shape());
-        let exact = || value.cast(DType::F32).expect("a float tensor can be widened");
-        let master = (value.dtype() != DType::F32).then(exact);
-        Self { exp_avg: zeros(), exp_avg_sq: zeros(), master, steps: 0 }
+        let remainder = value.device().kernels().remainder(value)?;
+        Ok(Self { exp_avg: zeros()?, exp_avg_sq: zeros()?, remainder, steps: 0 })
     }
 
-    fn update(&mut self, param: &mut Tensor, grad: &Tensor, step: AdamStep) {
-        self.steps += 1;
-        let (kernels, moments) = (param.device().kernels(), [&mut self.exp_avg, &mut self.exp_avg_sq]);
-        kernels.adam_step(param, self.master.as_mut(), moments, grad, AdamStep { step: self.steps, ..step });
+    /// The arguments of the parameter's next step.
+    fn tensor<'a>(&'a mut self, param: &'a mut Tensor, grad: &'a Tensor) -> AdamTensor<'a> {
+        let Self { exp_avg, exp_avg_sq, remainder, steps } = self;
+        AdamTensor { param, remainder: remainder.as_mut(), exp_avg, exp_avg_sq, grad, step: *steps + 1 }
     }
 
-    fn named(&self, param: &Param) -> Vec<(String, Tensor)> {
+    fn named(&self, param: &Param) -> Result<Vec<(String, Tensor)>> {
         let named = |kind: &str, tensor: &Tensor| (format!("{kind}.{}", param.name), tensor.clone());
-        let steps =
-            Tensor::from_f32(param.value.device(), vec![self.steps as f32], &[1]).expect("one element");
+        let steps = Tensor::from_f32(param.value.device(), vec![self.steps as f32], &[1])?;
         let mut all = vec![
             named("exp_avg", &self.exp_avg),
             named("exp_avg_sq", &self.exp_avg_sq),
             named("step", &steps),
         ];
-        all.extend(self.master.as_ref().map(|master| named("master", master)));
-        all
+        if let Some(remainder) = &self.remainder {
+            let master = param.value.device().kernels().master(&param.value, remainder)?;
+            all.push(named("master", &master));
+        }
+        Ok(all)
     }
 
     fn restore(&mut self, param: &mut Param, find: &impl Fn(&str) -> Option<Tensor>) -> Result<()> {
-        let shape = param.value.shape().to_vec();
-        self.exp_avg = saved("exp_avg", &param.name, &shape, find)?;
-        self.exp_avg_sq = saved("exp_avg_sq", &param.name, &shape, find)?;
+        let (shape, device) = (param.value.shape().to_vec(), param.value.device());
+        self.exp_avg = saved("exp_avg", &param.name, &shape, find)?.to_device(device)?;
+        self.exp_avg_sq = saved("exp_avg_sq", &param.name, &shape, find)?.to_device(device)?;
         self.steps = saved("step", &param.name, &[1], find)?.f32s()[0] as u64;
-        if let Some(master) = &mut self.master {
-            *master = saved("master", &param.name, &shape, find)?;
-            param.value = master.cast(param.value.dtype()).expect("a parameter's storage is a float type");
+        if self.remainder.is_some() {
+            let master = saved("master", &param.name, &shape, find)?.to_device(device)?;
+            let [value, remainder] = device.kernels().split_master(&master, param.value.dtype())?;
+            param.value.assign(&value)?;
+            self.remainder = Some(remainder);
         }
         Ok(())
     }

@@ -343,6 +343,7 @@ impl RopeTables {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use specforge_tensor::Rope;
     use specforge_testkit::{Tensors, assert_close, case_json, golden_case};
 
     use super::*;
@@ -404,7 +405,8 @@ mod tests {
             let tape = specforge_tensor::Tape::inference(&params);
             let x = tape.input(Tensor::from_f32(Device::Cpu, rows, &[n, heads * d]).expect("rows"));
             let positions = Tensor::from_u32(Device::Cpu, (0..n as u32).collect());
-            let y = tape.rope(&x, d, (&cos, &sin), &positions).expect("rotated").value().to_f32();
+            let rope = Rope { n_heads: heads, head_dim: d, cos: cos.clone(), sin: sin.clone(), positions };
+            let y = tape.rope(&x, &rope).expect("rotated").value().to_f32();
             let want = outputs.f32(&format!("{name}.{what}_rotated")).1;
             let got: Vec<f32> = (0..heads)
                 .flat_map(|h| (0..n).flat_map(move |t| (0..d).map(move |i| (t * heads + h) * d + i)))

@@ -43,14 +43,30 @@ pub enum Error {
         bound: usize,
     },
     /// A device that this machine does not have.
-    #[error("device {0:?} is not known: use \"cpu\"")]
+    #[error("device {0:?} is not known: use \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"")]
     UnknownDevice(String),
+    /// The device cannot do what was asked, or failed.
+    #[error(transparent)]
+    Cuda(#[from] specforge_cuda::Error),
+    /// A shape that the CPU takes and a device's kernels do not.
+    #[error("{op} on a CUDA device: {why}")]
+    Unsupported {
+        /// The operation.
+        op: &'static str,
+        /// The limit and what came.
+        why: String,
+    },
 }
 
 /// The result of an engine call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// Whether device memory ran out: a smaller micro-batch may fit.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Cuda(specforge_cuda::Error::OutOfMemory { .. }))
+    }
+
     /// A shape error; `expected` says in words or numbers what was needed.
     pub(crate) fn shape(op: &'static str, what: &str, expected: impl Into<String>, got: &[usize]) -> Self {
         Self::Shape { op, what: what.to_owned(), expected: expected.into(), got: got.to_vec() }

@@ -7,7 +7,7 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use crate::Tensor;
+use crate::{DType, Later, Result, Tensor};
 
 /// Head layout and scale of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,16 +32,64 @@ pub struct Spans {
     pub hi: Tensor,
 }
 
+/// Some columns of a matrix, from `first` on; how many, the operation knows.
+#[derive(Debug, Clone, Copy)]
+pub struct Columns<'a> {
+    /// The matrix.
+    pub of: &'a Tensor,
+    /// The first column.
+    pub first: usize,
+}
+
 /// One further key per query row, in the same softmax as the base keys: the keys that test-time training adds
 /// (row r of a later step sees its own rows of the steps before), or a tree node's ancestors.
 #[derive(Debug, Clone, Copy)]
 pub struct Extra<'a> {
     /// Keys, `[E, n_kv_heads * head_dim]`.
-    pub key: &'a Tensor,
+    pub key: Columns<'a>,
     /// Values, like the keys.
-    pub value: &'a Tensor,
+    pub value: Columns<'a>,
     /// The row of `key` per query, `u32 [R]`, `u32::MAX` for none; absent: row r.
     pub index: Option<&'a Tensor>,
+}
+
+/// Everything one attention reads.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionInputs<'a> {
+    /// Heads and scale.
+    pub shape: AttentionShape,
+    /// Queries, `[R, n_heads * head_dim]`; keys and values, `[T, n_kv_heads * head_dim]`.
+    pub qkv: [Columns<'a>; 3],
+    /// The base keys that each query sees.
+    pub spans: &'a Spans,
+    /// One further key per query and entry.
+    pub extras: &'a [Extra<'a>],
+    /// A logit per query head that takes part in the softmax and has no value, float32 `[n_heads]` (attention sinks).
+    pub sinks: Option<&'a Tensor>,
+}
+
+/// How heads are rotated: the first `n_heads` of a row, each its first `2 * half` elements, pairing j with j + half.
+#[derive(Debug, Clone, Copy)]
+pub struct Rotation<'a> {
+    /// Heads of a row that are rotated; the others stay.
+    pub n_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Cosines, `[P, half]`.
+    pub cos: &'a Tensor,
+    /// Sines, like the cosines.
+    pub sin: &'a Tensor,
+    /// The table row of each row, `u32 [R]`.
+    pub positions: &'a Tensor,
+}
+
+/// Rows of a table that are added to the rows of something else.
+#[derive(Debug, Clone, Copy)]
+pub struct AddedRows<'a> {
+    /// The table.
+    pub table: Columns<'a>,
+    /// The table's row for each row, `u32 [R]`, `u32::MAX` for none.
+    pub index: &'a Tensor,
 }
 
 /// The target's distributions over the draft vocabulary.
@@ -78,18 +126,25 @@ pub struct SoftTargets<'a> {
     pub wants_dx: bool,
 }
 
-/// What the loss says of each of its R rows.
+/// What the loss gives for its R rows.
 #[derive(Debug)]
 pub struct RowLoss {
-    /// Cross-entropy of the draft against the teacher renormalised over the draft vocabulary.
-    pub cross_entropy: Tensor,
-    /// `sum_v min(teacher_v, draft_v)`, the teacher normalised over the whole vocabulary: the probability that a
-    /// sampled token is accepted.
-    pub acceptance: Tensor,
-    /// The draft's best token (draft vocabulary), `u32`.
-    pub argmax: Tensor,
+    /// What it says of each row.
+    pub figures: Later<RowFigures>,
     /// Gradient of the objective with respect to the draft rows, if asked for.
     pub dx: Option<Tensor>,
+}
+
+/// What the loss says of each row.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RowFigures {
+    /// Cross-entropy of the draft against the teacher renormalised over the draft vocabulary.
+    pub cross_entropy: Vec<f32>,
+    /// `sum_v min(teacher_v, draft_v)`, the teacher normalised over the whole vocabulary: the probability that a
+    /// sampled token is accepted.
+    pub acceptance: Vec<f32>,
+    /// The draft's best token (draft vocabulary).
+    pub argmax: Vec<u32>,
 }
 
 /// Best token and log-sum-exp of each row over a whole vocabulary.
@@ -101,7 +156,7 @@ pub struct VocabStats {
     pub logsumexp: Tensor,
 }
 
-/// One AdamW step (Loshchilov and Hutter, 2019, decoupled decay as PyTorch has it).
+/// The settings of one AdamW step (Loshchilov and Hutter, 2019, decoupled decay as PyTorch has it).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamStep {
     /// Learning rate of this step.
@@ -114,25 +169,58 @@ pub struct AdamStep {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// The step's number, from 1.
+    /// What gradients, which are sums, are divided by.
+    pub weight: f64,
+    /// Gradients of a larger global norm are scaled down to it; 0: never.
+    pub max_norm: f64,
+}
+
+/// One parameter that takes an AdamW step.
+#[derive(Debug)]
+pub struct AdamTensor<'a> {
+    /// The parameter.
+    pub param: &'a mut Tensor,
+    /// What its storage rounds away; see [`Kernels::remainder`].
+    pub remainder: Option<&'a mut Tensor>,
+    /// First moment.
+    pub exp_avg: &'a mut Tensor,
+    /// Second moment.
+    pub exp_avg_sq: &'a mut Tensor,
+    /// Its gradient, float32.
+    pub grad: &'a Tensor,
+    /// The number of its step, from 1.
     pub step: u64,
-    /// Factor on the gradient: averaging and clipping.
-    pub grad_scale: f64,
 }
 
 /// The operations of one device. `R` counts rows; `cols` is a range of weight columns.
+///
+/// Weights come as a stack: several matrices of the same width, one below the other, as one product.
 pub trait Kernels: Debug + Sync {
-    /// `y = x · w[:, cols]ᵀ (+ bias)`; x `[R, K]`, w `[N, *]`, y `[R, N]`.
-    fn linear(&self, x: &Tensor, w: &Tensor, cols: Range<usize>, bias: Option<&Tensor>) -> Tensor;
-    /// `dx = dy · w[:, cols]`.
-    fn linear_dgrad(&self, dy: &Tensor, w: &Tensor, cols: Range<usize>) -> Tensor;
+    /// `y = x · w[:, cols]ᵀ (+ bias) (+ residual)`; x `[R, K]`, w `[N, *]` in all, y `[R, N]`; one bias per matrix of
+    /// the stack, or none.
+    fn linear(
+        &self,
+        x: &Tensor,
+        w: &[&Tensor],
+        cols: Range<usize>,
+        bias: &[&Tensor],
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor>;
+    /// `dx = dy · w[:, cols] (+ into)`.
+    fn linear_dgrad(
+        &self,
+        dy: &Tensor,
+        w: &[&Tensor],
+        cols: Range<usize>,
+        into: Option<Tensor>,
+    ) -> Result<Tensor>;
     /// `dw[:, cols] += dyᵀ · x`.
-    fn linear_wgrad(&self, dy: &Tensor, x: &Tensor, dw: &mut Tensor, cols: Range<usize>);
+    fn linear_wgrad(&self, dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>) -> Result<()>;
     /// `db += sum over rows of dy`.
-    fn bias_grad(&self, dy: &Tensor, db: &mut Tensor);
+    fn bias_grad(&self, dy: &Tensor, db: &mut [Tensor]) -> Result<()>;
     /// `y = x / rms(x) * w` per row, and `1 / rms(x)`.
-    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> (Tensor, Tensor);
-    /// Gradient of [`Kernels::rms_norm`]; adds to `dw` if given.
+    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Result<(Tensor, Tensor)>;
+    /// Gradient of [`Kernels::rms_norm`], on top of `into`; adds to `dw` if given.
     fn rms_norm_backward(
         &self,
         dy: &Tensor,
@@ -140,55 +228,49 @@ pub trait Kernels: Debug + Sync {
         w: &Tensor,
         rstd: &Tensor,
         dw: Option<&mut Tensor>,
-    ) -> Tensor;
-    /// Rotates the first `2 * half` elements of every head, pairing j with j + half; cos and sin are
-    /// `[P, half]` tables, a row's position picks the row. `inverse` rotates back.
-    fn rope(
+        into: Option<Tensor>,
+    ) -> Result<Tensor>;
+    /// `rotate(x + added)`.
+    fn rope(&self, x: &Tensor, rotation: &Rotation<'_>, added: Option<AddedRows<'_>>) -> Result<Tensor>;
+    /// Gradient of [`Kernels::rope`] for x. Where rows were added, the same goes to the rows `index` of the first
+    /// gradient given, from its column `first` on.
+    fn rope_backward(
         &self,
-        x: &Tensor,
-        head_dim: usize,
-        tables: (&Tensor, &Tensor),
-        positions: &Tensor,
-        inverse: bool,
-    ) -> Tensor;
+        dy: &Tensor,
+        rotation: &Rotation<'_>,
+        added: Option<(&mut Tensor, usize, &Tensor)>,
+    ) -> Result<Tensor>;
     /// Attention of R query rows over base keys and extras; the output and its log-sum-exp `[R, n_heads]`.
-    fn attention(
-        &self,
-        shape: AttentionShape,
-        qkv: [&Tensor; 3],
-        spans: &Spans,
-        extras: &[Extra<'_>],
-    ) -> (Tensor, Tensor);
+    fn attention(&self, inputs: &AttentionInputs<'_>) -> Result<(Tensor, Tensor)>;
     /// Gradients of [`Kernels::attention`] for q, k, v and each extra's (key, value), given the output, its
     /// log-sum-exp and its gradient.
     fn attention_backward(
         &self,
-        shape: AttentionShape,
-        qkv: [&Tensor; 3],
-        spans: &Spans,
-        extras: &[Extra<'_>],
+        inputs: &AttentionInputs<'_>,
         out: [&Tensor; 3],
-    ) -> ([Tensor; 3], Vec<[Tensor; 2]>);
-    /// `silu(gate) * up`.
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor;
-    /// Gradients of [`Kernels::swiglu`] for gate and up.
-    fn swiglu_backward(&self, dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2];
+    ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)>;
+    /// `silu(gate) * up` of a packed `[R, 2 I]`: gate, then up.
+    fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor>;
+    /// Gradient of [`Kernels::swiglu`], packed like its input.
+    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<Tensor>;
     /// `a + b`.
-    fn add(&self, a: &Tensor, b: &Tensor) -> Tensor;
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor>;
     /// `dst += src`.
-    fn add_assign(&self, dst: &mut Tensor, src: &Tensor);
-    /// The rows of `x` that `index` names, widened to float32; `u32::MAX` gives zeros.
-    fn gather_rows(&self, x: &Tensor, index: &Tensor) -> Tensor;
+    fn add_assign(&self, dst: &mut Tensor, src: &Tensor) -> Result<()>;
+    /// The rows of `x` that `index` names; `u32::MAX` gives zeros.
+    fn gather_rows(&self, x: &Tensor, index: &Tensor) -> Result<Tensor>;
     /// `dst[index[r]] += src[r]`; `u32::MAX` is passed over.
-    fn scatter_add_rows(&self, dst: &mut Tensor, index: &Tensor, src: &Tensor);
-    /// A copy of some columns, widened to float32.
-    fn columns(&self, x: &Tensor, cols: Range<usize>) -> Tensor;
+    fn scatter_add_rows(&self, dst: &mut Tensor, index: &Tensor, src: &Tensor) -> Result<()>;
+    /// `dst[to[i]] = src[from[i]]`; a row of dst is named once at most.
+    fn copy_rows(&self, dst: &mut Tensor, to: &Tensor, src: &Tensor, from: &Tensor) -> Result<()>;
+    /// A copy of some columns.
+    fn columns(&self, x: &Tensor, cols: Range<usize>) -> Result<Tensor>;
     /// `dst[:, cols] += src`.
-    fn add_columns(&self, dst: &mut Tensor, cols: Range<usize>, src: &Tensor);
+    fn add_columns(&self, dst: &mut Tensor, cols: Range<usize>, src: &Tensor) -> Result<()>;
     /// Best token and log-sum-exp of `hidden · headᵀ`, a chunk at a time.
-    fn vocab_stats(&self, hidden: &Tensor, head: &Tensor) -> VocabStats;
+    fn vocab_stats(&self, hidden: &Tensor, head: &Tensor) -> Result<VocabStats>;
     /// The same of given logits `[R, V]`.
-    fn logit_stats(&self, logits: &Tensor) -> VocabStats;
+    fn logit_stats(&self, logits: &Tensor) -> Result<VocabStats>;
     /// The fused head and soft-target loss of draft rows `x [R, H]`, head `[Vd, H]`. The objective's gradient for x
     /// is returned if wanted, that for the head is added to `dhead` if given.
     fn soft_target_loss(
@@ -197,16 +279,17 @@ pub trait Kernels: Debug + Sync {
         head: &Tensor,
         targets: &SoftTargets<'_>,
         dhead: Option<&mut Tensor>,
-    ) -> RowLoss;
-    /// Updates `param` (through `master` where the storage is not float32) and the moments.
-    fn adam_step(
-        &self,
-        param: &mut Tensor,
-        master: Option<&mut Tensor>,
-        moments: [&mut Tensor; 2],
-        grad: &Tensor,
-        step: AdamStep,
-    );
-    /// The sum of squares of all elements.
-    fn sum_squares(&self, x: &Tensor) -> f64;
+    ) -> Result<RowLoss>;
+    /// What the storage of a parameter loses of its float32 value: nothing where it is float32. Together with the
+    /// parameter it makes the master weight exactly.
+    fn remainder(&self, param: &Tensor) -> Result<Option<Tensor>>;
+    /// The master weight: the float32 value of a parameter and its remainder.
+    fn master(&self, param: &Tensor, remainder: &Tensor) -> Result<Tensor>;
+    /// Parameter (of the storage type of `like`) and remainder of a master weight.
+    fn split_master(&self, master: &Tensor, like: DType) -> Result<[Tensor; 2]>;
+    /// One AdamW step of all these parameters. Returns the norm of the gradients after division by the weight and
+    /// before clipping; if it is not finite, nothing was changed.
+    fn adamw(&self, tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>>;
+    /// Whether every element is a finite number.
+    fn all_finite(&self, x: &Tensor) -> Result<Later<bool>>;
 }

@@ -11,7 +11,7 @@
 //! let w = params.add("w", Tensor::from_f32(Device::Cpu, vec![1.0, 2.0, 3.0, 4.0], &[2, 2])?, true);
 //! let tape = Tape::recording(&params);
 //! let x = tape.input(Tensor::from_f32(Device::Cpu, vec![1.0, -1.0], &[1, 2])?);
-//! let y = tape.linear(&x, Weight::of(w))?;
+//! let y = tape.linear(&x, &Weight::of(w))?;
 //! assert_eq!(y.value().to_f32(), [-1.0, -1.0]);
 //! let grads = tape.backward_from(vec![(y, Tensor::from_f32(Device::Cpu, vec![1.0, 0.0], &[1, 2])?)])?;
 //! assert_eq!(grads.get(w).expect("w has a gradient").to_f32(), [1.0, -1.0, 0.0, 0.0]);
@@ -19,10 +19,12 @@
 //! ```
 
 mod cpu;
+mod cuda;
 mod device;
 mod error;
 mod grads;
 mod kernels;
+mod later;
 mod ops;
 mod params;
 mod tape;
@@ -30,15 +32,18 @@ mod tensor;
 #[cfg(test)]
 mod tests;
 
+pub use cuda::units;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use grads::Grads;
 pub use kernels::{
-    AdamStep, AttentionShape, Extra, Kernels, RowLoss, SoftTargets, Spans, TeacherRows, VocabStats,
+    AdamStep, AdamTensor, AddedRows, AttentionInputs, AttentionShape, Columns, Extra, Kernels, Rotation,
+    RowFigures, RowLoss, SoftTargets, Spans, TeacherRows, VocabStats,
 };
+pub use later::Later;
 pub use ops::{
-    Attention, Collected, GroupLoss, KeyValue, LossRows, LossStats, Objective, SoftTargetLoss, Teacher,
-    Weight,
+    Attention, Collected, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, Rope, SoftTargetLoss,
+    Teacher, Weight,
 };
 pub use params::{Param, ParamId, Params};
 pub use tape::{Tape, Var};

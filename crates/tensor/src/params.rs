@@ -1,6 +1,6 @@
 //! Named parameters of one model, addressed by [`ParamId`] so that modules stay plain data.
 
-use crate::Tensor;
+use crate::{Result, Tensor};
 
 /// A parameter's place in its [`Params`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,6 +21,8 @@ pub struct Param {
 #[derive(Debug, Clone, Default)]
 pub struct Params {
     entries: Vec<Param>,
+    /// Per parameter, itself and those it is stacked with.
+    stacks: Vec<Vec<ParamId>>,
 }
 
 impl Params {
@@ -32,7 +34,31 @@ impl Params {
     /// Declares a parameter.
     pub fn add(&mut self, name: impl Into<String>, value: Tensor, trainable: bool) -> ParamId {
         self.entries.push(Param { name: name.into(), value, trainable });
-        ParamId(self.entries.len() - 1)
+        let id = ParamId(self.entries.len() - 1);
+        self.stacks.push(vec![id]);
+        id
+    }
+
+    /// Says that these matrices of one width are multiplied by the same inputs: they (and their gradients) then lie
+    /// one below the other, and a device takes them as one matrix.
+    pub fn stack(&mut self, ids: &[ParamId]) -> Result<()> {
+        let picked: Vec<&mut Tensor> = self
+            .entries
+            .iter_mut()
+            .enumerate()
+            .filter(|(i, _)| ids.contains(&ParamId(*i)))
+            .map(|(_, p)| &mut p.value)
+            .collect();
+        debug_assert!(ids.is_sorted(), "a stack is in declaration order");
+        let mut picked = picked;
+        Tensor::lay_together(&mut picked)?;
+        ids.iter().for_each(|id| self.stacks[id.0] = ids.to_vec());
+        Ok(())
+    }
+
+    /// A parameter and those it is stacked with, in order.
+    pub(crate) fn stack_of(&self, id: ParamId) -> &[ParamId] {
+        &self.stacks[id.0]
     }
 
     /// The parameter behind an id of this store.
@@ -53,6 +79,11 @@ impl Params {
     /// All parameters with their ids, in declaration order.
     pub fn iter(&self) -> impl Iterator<Item = (ParamId, &Param)> {
         self.entries.iter().enumerate().map(|(i, p)| (ParamId(i), p))
+    }
+
+    /// As [`Params::iter`], for writing.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (ParamId, &mut Param)> {
+        self.entries.iter_mut().enumerate().map(|(i, p)| (ParamId(i), p))
     }
 
     /// The number of parameters (tensors, not elements).

@@ -44,17 +44,75 @@ pub(crate) struct Sink<'p> {
 
 impl Sink<'_> {
     /// Adds `d` to the gradient of a value; nothing where no gradient flows.
-    pub(crate) fn add(&mut self, var: &Var, d: Tensor) {
-        let Some(node) = var.node else { return };
+    pub(crate) fn add(&mut self, var: &Var, d: Tensor) -> Result<()> {
+        let Some(node) = var.node else { return Ok(()) };
         match &mut self.by_node[node] {
-            Some(sum) => sum.device().kernels().add_assign(sum, &d),
+            Some(sum) => sum.device().kernels().add_assign(sum, &d)?,
             empty => *empty = Some(d),
+        }
+        Ok(())
+    }
+
+    /// As [`Sink::add`], by an operation that can add to the gradient so far while it computes its own.
+    pub(crate) fn add_onto(
+        &mut self,
+        var: &Var,
+        f: impl FnOnce(Option<Tensor>) -> Result<Tensor>,
+    ) -> Result<()> {
+        if var.node.is_some() {
+            let sum = f(self.take(var))?;
+            self.put(var, sum);
+        }
+        Ok(())
+    }
+
+    /// The gradient of a value so far, to be put back.
+    pub(crate) fn take(&mut self, var: &Var) -> Option<Tensor> {
+        var.node.and_then(|node| self.by_node[node].take())
+    }
+
+    /// Puts back what was taken, with more added to it; nothing where no gradient flows.
+    pub(crate) fn put(&mut self, var: &Var, sum: Tensor) {
+        if let Some(node) = var.node {
+            self.by_node[node] = Some(sum);
         }
     }
 
-    /// The gradient of a parameter for adding to; `None` for frozen ones.
-    pub(crate) fn param(&mut self, id: ParamId) -> Option<&mut Tensor> {
-        self.params.get(id).trainable.then(|| self.grads.entry(self.params, id))
+    /// Adds `d` to the gradient of some columns of a value.
+    pub(crate) fn add_columns(&mut self, var: &Var, first: usize, d: Tensor) -> Result<()> {
+        let width = d.rows_cols().1;
+        if width == var.rows_cols().1 {
+            return self.add(var, d);
+        }
+        self.add_onto(var, |sum| {
+            let mut sum = sum.map_or_else(|| Tensor::activations(d.device(), var.value.shape()), Ok)?;
+            d.device().kernels().add_columns(&mut sum, first..first + width, &d)?;
+            Ok(sum)
+        })
+    }
+
+    /// The gradient of a parameter for adding to; `None` for a frozen one.
+    pub(crate) fn with_param<T>(
+        &mut self,
+        id: ParamId,
+        f: impl FnOnce(Option<&mut Tensor>) -> Result<T>,
+    ) -> Result<T> {
+        if !self.params.get(id).trainable {
+            return f(None);
+        }
+        self.grads.with(self.params, &[id], |grads| f(grads.first_mut()))
+    }
+
+    /// The gradients of parameters for adding to; `f` is not called for frozen ones.
+    pub(crate) fn params(
+        &mut self,
+        ids: &[ParamId],
+        f: impl FnOnce(&mut [Tensor]) -> Result<()>,
+    ) -> Result<()> {
+        if ids.iter().all(|id| self.params.get(*id).trainable) && !ids.is_empty() {
+            self.grads.with(self.params, ids, f)?;
+        }
+        Ok(())
     }
 }
 
@@ -150,11 +208,15 @@ impl<'p> Tape<'p> {
     }
 
     /// Lets a terminal operation add to parameter gradients during the forward.
-    pub(crate) fn with_param_grad<T>(&self, id: ParamId, f: impl FnOnce(Option<&mut Tensor>) -> T) -> T {
+    pub(crate) fn with_param_grad<T>(
+        &self,
+        id: ParamId,
+        f: impl FnOnce(Option<&mut Tensor>) -> Result<T>,
+    ) -> Result<T> {
         if !self.is_trained(id) {
             return f(None);
         }
-        f(Some(self.grads.borrow_mut().entry(self.params, id)))
+        self.grads.borrow_mut().with(self.params, &[id], |grads| f(grads.first_mut()))
     }
 
     /// Leaves the gradient of a terminal operation's input for [`Tape::backward`].
@@ -188,9 +250,9 @@ impl<'p> Tape<'p> {
     ) -> Result<(Grads, Vec<Tensor>)> {
         let Sink { by_node, grads, .. } = self.replay(seeds)?;
         let of = |v: &Var| by_node[v.node.expect("a leaf")].clone();
-        let d =
-            leaves.iter().map(|v| of(v).unwrap_or_else(|| Tensor::zeros(v.value.device(), v.value.shape())));
-        Ok((grads, d.collect()))
+        let zeros = |v: &Var| Tensor::zeros(v.value.device(), v.value.shape());
+        let d = leaves.iter().map(|v| of(v).map_or_else(|| zeros(v), Ok)).collect::<Result<_>>()?;
+        Ok((grads, d))
     }
 
     fn replay(self, seeds: Vec<(Var, Tensor)>) -> Result<Sink<'p>> {
@@ -198,7 +260,7 @@ impl<'p> Tape<'p> {
         let by_node = (0..nodes.len()).map(|_| None).collect();
         let mut sink = Sink { params: self.params, by_node, grads: self.grads.into_inner() };
         for (var, d) in seeds {
-            sink.add(&var, d);
+            sink.add(&var, d)?;
         }
         for (i, node) in nodes.into_iter().enumerate().rev() {
             let keep = cfg!(test);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::cuda::Stored;
 use crate::{Device, Error, Result};
 
 /// Element types of tensors. Arithmetic is float32 on the CPU whatever the storage.
@@ -18,6 +19,8 @@ pub enum DType {
     F16,
     /// Row numbers, token ids, positions.
     U32,
+    /// What bfloat16 weights lose of their float32 masters, see [`Kernels::remainder`](crate::Kernels::remainder).
+    I16,
 }
 
 impl DType {
@@ -25,18 +28,34 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             Self::F32 | Self::U32 => 4,
-            Self::Bf16 | Self::F16 => 2,
+            Self::Bf16 | Self::F16 | Self::I16 => 2,
         }
     }
 }
 
-/// Host storage of one tensor. A device of its own memory adds a variant to [`Storage`], not here.
-#[derive(Debug, Clone, PartialEq)]
+/// Storage of one tensor.
+#[derive(Debug)]
 pub(crate) enum Buffer {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
     F16(Vec<f16>),
     U32(Vec<u32>),
+    I16(Vec<i16>),
+    /// In the memory of a CUDA device.
+    Cuda(Stored),
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        match self {
+            Self::F32(v) => Self::F32(v.clone()),
+            Self::Bf16(v) => Self::Bf16(v.clone()),
+            Self::F16(v) => Self::F16(v.clone()),
+            Self::U32(v) => Self::U32(v.clone()),
+            Self::I16(v) => Self::I16(v.clone()),
+            Self::Cuda(_) => unreachable!("device memory is copied by the device"),
+        }
+    }
 }
 
 /// A dense row-major tensor. Cloning shares the storage; storage is written only while it is not shared.
@@ -54,67 +73,121 @@ impl std::fmt::Debug for Tensor {
 }
 
 impl Tensor {
-    /// A tensor over `buffer`; the caller guarantees the element count.
-    pub(crate) fn from_buffer(device: Device, buffer: Buffer, shape: &[usize]) -> Result<Self> {
+    /// A tensor over host values; the caller guarantees the element type fits the device.
+    fn from_host(device: Device, buffer: Buffer, shape: &[usize]) -> Result<Self> {
         let n = match &buffer {
             Buffer::F32(v) => v.len(),
             Buffer::Bf16(v) => v.len(),
             Buffer::F16(v) => v.len(),
             Buffer::U32(v) => v.len(),
+            Buffer::I16(v) => v.len(),
+            Buffer::Cuda(stored) => stored.len(),
         };
         if n != shape.iter().product::<usize>() {
             return Err(Error::shape("tensor", "data", format!("{n} elements"), shape));
         }
+        let buffer = match device.gpu() {
+            None => buffer,
+            Some(gpu) => Buffer::Cuda(Stored::upload(gpu, buffer)?),
+        };
         Ok(Self { shape: shape.to_vec(), buffer: Arc::new(buffer), device })
+    }
+
+    /// A tensor over device memory.
+    pub(crate) fn from_stored(device: Device, stored: Stored, shape: &[usize]) -> Self {
+        debug_assert_eq!(stored.len(), shape.iter().product::<usize>());
+        Self { shape: shape.to_vec(), buffer: Arc::new(Buffer::Cuda(stored)), device }
     }
 
     /// A float32 tensor from host values.
     pub fn from_f32(device: Device, values: Vec<f32>, shape: &[usize]) -> Result<Self> {
-        Self::from_buffer(device, Buffer::F32(values), shape)
+        Self::from_host(device, Buffer::F32(values), shape)
     }
 
     /// A bfloat16 tensor from host values.
     pub fn from_bf16(device: Device, values: Vec<bf16>, shape: &[usize]) -> Result<Self> {
-        Self::from_buffer(device, Buffer::Bf16(values), shape)
+        Self::from_host(device, Buffer::Bf16(values), shape)
     }
 
     /// A half-precision tensor from host values.
     pub fn from_f16(device: Device, values: Vec<f16>, shape: &[usize]) -> Result<Self> {
-        Self::from_buffer(device, Buffer::F16(values), shape)
+        Self::from_host(device, Buffer::F16(values), shape)
     }
 
-    /// A one-dimensional tensor of row numbers, token ids or positions.
+    /// What bfloat16 weights lose of their masters, on the host.
+    pub(crate) fn from_i16(values: Vec<i16>, shape: &[usize]) -> Self {
+        Self { shape: shape.to_vec(), buffer: Arc::new(Buffer::I16(values)), device: Device::Cpu }
+    }
+
+    /// A one-dimensional tensor of row numbers, token ids or positions. A device gets them at first use.
     pub fn from_u32(device: Device, values: Vec<u32>) -> Self {
         let shape = vec![values.len()];
-        Self { shape, buffer: Arc::new(Buffer::U32(values)), device }
+        let buffer = match device {
+            Device::Cpu => Buffer::U32(values),
+            Device::Cuda(ordinal) => Buffer::Cuda(Stored::of_index(ordinal, values)),
+        };
+        Self { shape, buffer: Arc::new(buffer), device }
     }
 
     /// A float32 tensor of zeros.
-    pub fn zeros(device: Device, shape: &[usize]) -> Self {
+    pub fn zeros(device: Device, shape: &[usize]) -> Result<Self> {
+        Self::zeros_of(device, DType::F32, shape)
+    }
+
+    /// Zeros of the element type that the device has activations in.
+    pub fn activations(device: Device, shape: &[usize]) -> Result<Self> {
+        Self::zeros_of(device, device.storage(), shape)
+    }
+
+    fn zeros_of(device: Device, dtype: DType, shape: &[usize]) -> Result<Self> {
+        let n: usize = shape.iter().product();
+        match device.gpu() {
+            None => Self::from_f32(device, vec![0.0; n], shape)?.cast(dtype),
+            Some(gpu) => Ok(Self::from_stored(device, Stored::zeroed(gpu, dtype, n)?, shape)),
+        }
+    }
+
+    /// Normal values in the device's storage type, drawn by the device from a seed: weights and data for measuring.
+    pub fn random(device: Device, shape: &[usize], std: f32, seed: u64) -> Result<Self> {
         let n = shape.iter().product();
-        Self { shape: shape.to_vec(), buffer: Arc::new(Buffer::F32(vec![0.0; n])), device }
+        match device.gpu() {
+            None => Self::from_f32(device, crate::cpu::normals(n, std, seed), shape),
+            Some(gpu) => Ok(Self::from_stored(device, Stored::random(gpu, n, std, seed)?, shape)),
+        }
     }
 
     /// The same values in another float type (rounded to nearest even).
     pub fn cast(&self, dtype: DType) -> Result<Self> {
+        let floats = [DType::F32, DType::Bf16, DType::F16];
         if dtype == self.dtype() {
             return Ok(self.clone());
         }
+        if !floats.contains(&dtype) {
+            let (op, what, expected) = ("cast", "the new type", "a float type");
+            return Err(Error::DType { op, what, expected, got: dtype });
+        }
+        if let Some(stored) = self.stored() {
+            return Ok(Self::from_stored(self.device, stored.cast(dtype)?, &self.shape));
+        }
         let values = self.to_f32();
         let buffer = match dtype {
-            DType::F32 => Buffer::F32(values),
             DType::Bf16 => Buffer::Bf16(values.iter().map(|&v| bf16::from_f32(v)).collect()),
             DType::F16 => Buffer::F16(values.iter().map(|&v| f16::from_f32(v)).collect()),
-            DType::U32 => {
-                return Err(Error::DType {
-                    op: "cast",
-                    what: "the new type",
-                    expected: "a float type",
-                    got: dtype,
-                });
-            }
+            _ => Buffer::F32(values),
         };
-        Self::from_buffer(self.device, buffer, &self.shape)
+        Self::from_host(self.device, buffer, &self.shape)
+    }
+
+    /// The same values on another device, of the same element type.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        if device == self.device {
+            return Ok(self.clone());
+        }
+        let host = match &*self.buffer {
+            Buffer::Cuda(stored) => stored.download()?,
+            host => host.clone(),
+        };
+        Self::from_host(device, host, &self.shape)
     }
 
     /// The same elements under another shape.
@@ -131,14 +204,21 @@ impl Tensor {
         if width != other {
             return Err(Error::shape("append_rows", "rows", format!("[.., {width}]"), rows.shape()));
         }
-        match (self.buffer_mut(), rows.buffer()) {
-            (Buffer::F32(a), Buffer::F32(b)) => a.extend_from_slice(b),
-            (Buffer::Bf16(a), Buffer::Bf16(b)) => a.extend_from_slice(b),
-            (Buffer::F16(a), Buffer::F16(b)) => a.extend_from_slice(b),
-            (Buffer::U32(a), Buffer::U32(b)) => a.extend_from_slice(b),
-            _ => {
-                let got = rows.dtype();
-                return Err(Error::DType { op: "append_rows", what: "rows", expected: "the same type", got });
+        let mismatch =
+            Error::DType { op: "append_rows", what: "rows", expected: "the same type", got: rows.dtype() };
+        if let (Some(own), Some(new)) = (self.stored(), rows.stored()) {
+            if own.dtype() != new.dtype() {
+                return Err(mismatch);
+            }
+            let grown = own.appended(new, Arc::strong_count(&self.buffer) == 1)?;
+            self.buffer = Arc::new(Buffer::Cuda(grown));
+        } else {
+            match (self.buffer_mut(), rows.buffer()) {
+                (Buffer::F32(a), Buffer::F32(b)) => a.extend_from_slice(b),
+                (Buffer::Bf16(a), Buffer::Bf16(b)) => a.extend_from_slice(b),
+                (Buffer::F16(a), Buffer::F16(b)) => a.extend_from_slice(b),
+                (Buffer::U32(a), Buffer::U32(b)) => a.extend_from_slice(b),
+                _ => return Err(mismatch),
             }
         }
         self.shape = vec![n + more, width];
@@ -148,14 +228,36 @@ impl Tensor {
     /// Drops all rows from the `n`-th on.
     pub fn truncate_rows(&mut self, n: usize) {
         let (rows, width) = self.rows_cols();
-        let n = n.min(rows);
-        match self.buffer_mut() {
-            Buffer::F32(v) => v.truncate(n * width),
-            Buffer::Bf16(v) => v.truncate(n * width),
-            Buffer::F16(v) => v.truncate(n * width),
-            Buffer::U32(v) => v.truncate(n * width),
+        if n >= rows {
+            return;
+        }
+        if let Some(stored) = self.stored() {
+            self.buffer = Arc::new(Buffer::Cuda(stored.truncated(n * width)));
+        } else {
+            match self.buffer_mut() {
+                Buffer::F32(v) => v.truncate(n * width),
+                Buffer::Bf16(v) => v.truncate(n * width),
+                Buffer::F16(v) => v.truncate(n * width),
+                Buffer::U32(v) => v.truncate(n * width),
+                Buffer::I16(v) => v.truncate(n * width),
+                Buffer::Cuda(_) => unreachable!("handled above"),
+            }
         }
         self.shape = vec![n, width];
+    }
+
+    /// Takes the values of a tensor of the same shape, in this tensor's element type and on its device; storage stays
+    /// where it is, so that weights that lie side by side still do.
+    pub fn assign(&mut self, values: &Self) -> Result<()> {
+        if values.shape != self.shape {
+            return Err(Error::shape("assign", "values", format!("{:?}", self.shape), &values.shape));
+        }
+        let values = values.to_device(self.device)?.cast(self.dtype())?;
+        match (self.stored(), values.stored()) {
+            (Some(own), Some(new)) if Arc::strong_count(&self.buffer) == 1 => own.overwrite(new)?,
+            _ => *self = values,
+        }
+        Ok(())
     }
 
     /// The shape.
@@ -186,6 +288,8 @@ impl Tensor {
             Buffer::Bf16(_) => DType::Bf16,
             Buffer::F16(_) => DType::F16,
             Buffer::U32(_) => DType::U32,
+            Buffer::I16(_) => DType::I16,
+            Buffer::Cuda(stored) => stored.dtype(),
         }
     }
 
@@ -194,33 +298,47 @@ impl Tensor {
         self.device
     }
 
-    /// A host copy as float32; row numbers are converted too.
+    /// A host copy as float32; row numbers are converted too. Waits for a device.
     pub fn to_f32(&self) -> Vec<f32> {
         match &*self.buffer {
             Buffer::F32(v) => v.clone(),
             Buffer::Bf16(v) => v.iter().map(|x| x.to_f32()).collect(),
             Buffer::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
             Buffer::U32(v) => v.iter().map(|&x| x as f32).collect(),
+            Buffer::I16(v) => v.iter().map(|&x| f32::from(x)).collect(),
+            Buffer::Cuda(_) => self.on_host().to_f32(),
         }
     }
 
-    /// A host copy as bfloat16 (rounded to nearest even).
+    /// A host copy as bfloat16 (rounded to nearest even). Waits for a device.
     pub fn to_bf16(&self) -> Vec<bf16> {
         match &*self.buffer {
             Buffer::Bf16(v) => v.clone(),
+            Buffer::Cuda(_) => self.on_host().to_bf16(),
             _ => self.to_f32().into_iter().map(bf16::from_f32).collect(),
         }
     }
 
-    /// The elements of a tensor of row numbers; `None` for float tensors.
+    /// A host copy of row numbers; empty for float tensors. Waits for a device that computed them.
+    pub fn to_u32(&self) -> Vec<u32> {
+        match (self.u32s(), self.dtype()) {
+            (Some(values), _) => values.to_vec(),
+            (None, DType::U32) => self.on_host().to_u32(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The elements of a tensor of row numbers that the host knows: all that it made itself; `None` for float tensors
+    /// and for row numbers that a device computed.
     pub fn u32s(&self) -> Option<&[u32]> {
         match &*self.buffer {
             Buffer::U32(v) => Some(v),
+            Buffer::Cuda(stored) => stored.index(),
             _ => None,
         }
     }
 
-    /// The elements as float32: borrowed where that is the storage, widened otherwise.
+    /// The elements as float32: borrowed where that is the storage, widened otherwise. Waits for a device.
     pub fn f32s(&self) -> Cow<'_, [f32]> {
         match &*self.buffer {
             Buffer::F32(v) => Cow::Borrowed(v),
@@ -228,12 +346,46 @@ impl Tensor {
         }
     }
 
+    /// A copy on the host. A device that is lost ends the call chain with its error: there is no value to give.
+    fn on_host(&self) -> Self {
+        self.to_device(Device::Cpu).unwrap_or_else(|error| std::panic::resume_unwind(Box::new(error)))
+    }
+
     pub(crate) fn buffer(&self) -> &Buffer {
         &self.buffer
     }
 
-    /// The storage for writing; a shared storage is copied first.
+    /// The storage on a CUDA device.
+    pub(crate) fn stored(&self) -> Option<&Stored> {
+        match &*self.buffer {
+            Buffer::Cuda(stored) => Some(stored),
+            _ => None,
+        }
+    }
+
+    /// The host storage for writing; a shared storage is copied first.
     pub(crate) fn buffer_mut(&mut self) -> &mut Buffer {
         Arc::make_mut(&mut self.buffer)
+    }
+
+    /// The device storage for writing; a shared storage is copied first.
+    pub(crate) fn stored_mut(&mut self) -> Result<&Stored> {
+        if Arc::strong_count(&self.buffer) != 1 {
+            let copy = self.stored().expect("a tensor of a CUDA device").copied()?;
+            self.buffer = Arc::new(Buffer::Cuda(copy));
+        }
+        Ok(self.stored().expect("a tensor of a CUDA device"))
+    }
+
+    /// Lets matrices of the same width lie one below the other in one piece of device memory, so that a product can
+    /// read or write them as one. On the CPU there is nothing to gain.
+    pub(crate) fn lay_together(tensors: &mut [&mut Self]) -> Result<()> {
+        let stored: Option<Vec<&Stored>> = tensors.iter().map(|t| t.stored()).collect();
+        let Some(stored) = stored.filter(|all| all.len() > 1) else { return Ok(()) };
+        let together = Stored::together(&stored)?;
+        for (tensor, stored) in tensors.iter_mut().zip(together) {
+            tensor.buffer = Arc::new(Buffer::Cuda(stored));
+        }
+        Ok(())
     }
 }

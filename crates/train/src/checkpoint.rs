@@ -107,8 +107,7 @@ impl Checkpoint {
         for id in ids {
             let param = params.get_mut(id);
             let view = weights.require(&param.name, param.value.shape())?;
-            let value = Tensor::from_f32(param.value.device(), view.to_f32(), param.value.shape())?;
-            param.value = value.cast(param.value.dtype())?;
+            param.value.assign(&Tensor::from_f32(Device::Cpu, view.to_f32(), param.value.shape())?)?;
         }
         Ok(())
     }
@@ -264,7 +263,7 @@ fn write(folder: &Path, params: &Params, optimizer: &AdamW, state: &State) -> Re
     let draft: Vec<_> =
         params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
     write_safetensors(&folder.join(DRAFT), &draft)?;
-    let moments: Vec<_> = optimizer.state(params).iter().map(|(name, t)| file_tensor(name, t)).collect();
+    let moments: Vec<_> = optimizer.state(params)?.iter().map(|(name, t)| file_tensor(name, t)).collect();
     write_safetensors(&folder.join(OPTIMIZER), &moments)?;
     let text = serde_json::to_string_pretty(state).map_err(std::io::Error::other)?;
     write_synced(&folder.join(STATE), &text)?;

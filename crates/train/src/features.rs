@@ -9,7 +9,7 @@ pub use offline::{Offline, record_features, schema};
 pub use online::{Online, append};
 
 use specforge_methods::{Batch, Teacher};
-use specforge_tensor::{Device, Tensor};
+use specforge_tensor::Tensor;
 
 use crate::{Error, Result};
 
@@ -72,7 +72,7 @@ pub fn assemble(rows: &[usize], features: Vec<RowFeatures>) -> Result<Batch> {
     }
     let [hidden_states, hidden] = tensors.ok_or_else(|| Error::NoRows("a batch without rows".to_owned()))?;
     let n = logsumexp.len();
-    let logsumexp = Tensor::from_f32(Device::Cpu, logsumexp, &[n])?;
+    let logsumexp = Tensor::from_f32(hidden.device(), logsumexp, &[n])?;
     Ok(Batch {
         rows: rows.iter().map(|&r| r as u64).collect(),
         bounds,

@@ -9,11 +9,11 @@ use std::time::Instant;
 use specforge_methods::{Batch, DraftMethod};
 use specforge_nn::optimizer::AdamW;
 use specforge_nn::schedule::ScheduleConfig;
-use specforge_tensor::Params;
+use specforge_tensor::{Device, Params};
 
 use crate::checkpoint::Best;
 use crate::log::{HeldRecord, Log};
-use crate::step::{evaluate, step};
+use crate::step::{PendingStep, evaluate, step};
 use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Order, Record, Result, State};
 
 /// How a run goes, beyond its order of rows.
@@ -144,54 +144,96 @@ impl Trainer<'_> {
     ) -> Result<Outcome> {
         let left = (self.settings.total_steps - self.state.position.step) as usize;
         let steps: Vec<_> = epoch.iter().skip(self.state.position.epoch_step as usize).take(left).collect();
-        let source = Mutex::new(source);
+        let (source, device) = (Mutex::new(source), self.device());
         std::thread::scope(|scope| {
             let (sender, batches) = sync_channel::<Result<Batch>>(1);
             let (source, planned) = (&source, &steps);
             scope.spawn(move || {
                 for rows in planned.iter().flat_map(|micro_batches| micro_batches.iter()) {
                     // The receiver is gone once the run stops; then so is the reason to fetch.
-                    if sender.send(fetch(source, rows)).is_err() {
+                    if sender.send(fetch(source, rows, device)).is_err() {
                         return;
                     }
                 }
             });
+            let mut in_flight = None;
             for micro_batches in &steps {
                 let end_of_epoch = self.state.position.epoch_step + 1 == epoch.len() as u64;
-                self.one_step(&batches, micro_batches.len(), end_of_epoch, window, hooks, checkpoints)?;
-                if self.after_step(source, checkpoints, (log, window), hooks)? {
-                    return Ok(Outcome::Stopped);
+                let issued = self.one_step(&batches, micro_batches.len(), end_of_epoch, checkpoints)?;
+                // Figures are read one step late, while the device works on the next one.
+                let before = in_flight.replace(issued);
+                self.settle(before, window, hooks, checkpoints)?;
+                if self.is_due(hooks) {
+                    self.settle(in_flight.take(), window, hooks, checkpoints)?;
+                    if self.after_step(source, checkpoints, (log, window), hooks)? {
+                        return Ok(Outcome::Stopped);
+                    }
                 }
             }
+            self.settle(in_flight, window, hooks, checkpoints)?;
             Ok(Outcome::Finished)
         })
     }
 
+    /// Where the draft is trained.
+    fn device(&self) -> Device {
+        self.params.iter().next().map_or(Device::Cpu, |(_, param)| param.value.device())
+    }
+
+    /// Asks for the next step.
     fn one_step(
         &mut self,
         batches: &Receiver<Result<Batch>>,
         n_batches: usize,
         end_of_epoch: bool,
-        window: &mut Window,
-        hooks: &mut dyn Hooks,
         checkpoints: &Checkpoints,
-    ) -> Result<()> {
+    ) -> Result<Issued> {
         let started = Instant::now();
         let factor = self.settings.schedule.lr_factor(self.state.position.step, self.settings.total_steps);
         let lr = self.optimizer.config().lr * factor;
         let batches = (0..n_batches).map(|_| batches.recv().expect("the fetching thread sends every batch"));
-        let done = step(self.method, (&mut self.params, &mut self.optimizer), batches, lr);
-        let done = done.map_err(|e| with_last_good(e, checkpoints))?;
+        let pending = step(self.method, (&mut self.params, &mut self.optimizer), batches, lr);
+        let pending = pending.map_err(|e| with_last_good(e, checkpoints))?;
         let position = &mut self.state.position;
         position.step += 1;
         (position.epoch, position.epoch_step) =
             if end_of_epoch { (position.epoch + 1, 0) } else { (position.epoch, position.epoch_step + 1) };
+        Ok(Issued { pending, lr, started, step: self.state.position.step })
+    }
+
+    /// Takes in the figures of a step, waiting for them if need be.
+    fn settle(
+        &mut self,
+        issued: Option<Issued>,
+        window: &mut Window,
+        hooks: &mut dyn Hooks,
+        checkpoints: &Checkpoints,
+    ) -> Result<()> {
+        let Some(Issued { pending, lr, started, step }) = issued else { return Ok(()) };
+        let done = pending.wait().map_err(|e| with_last_good(e, checkpoints))?;
         self.state.tokens += done.figures.tokens;
-        let seconds = started.elapsed().as_secs_f64();
-        let (step, total) = (self.state.position.step, self.settings.total_steps);
+        let since = window.settled.map_or(started, |settled| settled.max(started));
+        let (seconds, total) = (since.elapsed().as_secs_f64(), self.settings.total_steps);
+        window.settled = Some(Instant::now());
         hooks.event(Event::Step { step, total, figures: &done.figures, seconds });
         window.add(&done.figures, lr, done.grad_norm);
         Ok(())
+    }
+
+    fn is_last(&self) -> bool {
+        self.state.position.step == self.settings.total_steps
+    }
+
+    /// Whether something is due every so many steps.
+    fn due(&self, every: u64) -> bool {
+        self.is_last() || every > 0 && self.state.position.step.is_multiple_of(every)
+    }
+
+    /// Whether anything is to be done after this step.
+    fn is_due(&self, hooks: &dyn Hooks) -> bool {
+        let settings = &self.settings;
+        let every = [settings.eval_every, settings.log_every, settings.save_every];
+        every.into_iter().any(|every| self.due(every)) || hooks.stop_requested()
     }
 
     /// Once in a while: log, evaluate, save. Returns whether to stop.
@@ -202,17 +244,17 @@ impl Trainer<'_> {
         (log, window): (&Log, &mut Window),
         hooks: &mut dyn Hooks,
     ) -> Result<bool> {
-        let (step, last) = (self.state.position.step, self.state.position.step == self.settings.total_steps);
-        let due = |every: u64| last || every > 0 && step.is_multiple_of(every);
-        let stop = !last && hooks.stop_requested();
-        let held = if due(self.settings.eval_every) { Some(self.evaluate(source, hooks)?) } else { None };
-        if held.is_some() || due(self.settings.log_every) {
+        let step = self.state.position.step;
+        let stop = !self.is_last() && hooks.stop_requested();
+        let held =
+            if self.due(self.settings.eval_every) { Some(self.evaluate(source, hooks)?) } else { None };
+        if held.is_some() || self.due(self.settings.log_every) {
             let record = window.take(&self.state.position, held.as_ref());
             log.write(&record)?;
             hooks.event(Event::Record(&record));
         }
         let best = held.is_some() && self.state.best.is_some_and(|best| best.step == step);
-        if due(self.settings.save_every) || stop || best {
+        if self.due(self.settings.save_every) || stop || best {
             let folder = checkpoints.save(&self.params, &self.optimizer, &self.state)?;
             hooks.event(Event::Saved(&folder));
         }
@@ -223,7 +265,7 @@ impl Trainer<'_> {
         let figures = match self.settings.held_out.as_slice() {
             [] => None,
             rows => {
-                let batches = rows.iter().map(|rows| fetch(source, rows));
+                let batches = rows.iter().map(|rows| fetch(source, rows, self.device()));
                 Some(evaluate(self.method, &self.params, batches)?)
             }
         };
@@ -243,8 +285,19 @@ impl Trainer<'_> {
     }
 }
 
-fn fetch(source: &Mutex<&mut dyn FeatureSource>, rows: &[usize]) -> Result<Batch> {
-    source.lock().map_err(|_| Error::Mode("the source of features failed before".to_owned()))?.fetch(rows)
+/// A step that was asked for.
+#[derive(Debug)]
+struct Issued {
+    pending: PendingStep,
+    lr: f64,
+    started: Instant,
+    step: u64,
+}
+
+fn fetch(source: &Mutex<&mut dyn FeatureSource>, rows: &[usize], device: Device) -> Result<Batch> {
+    let mut source =
+        source.lock().map_err(|_| Error::Mode("the source of features failed before".to_owned()))?;
+    Ok(source.fetch(rows)?.to_device(device)?)
 }
 
 /// Names the last good checkpoint in an error that stops the run for numerical reasons.
@@ -266,11 +319,13 @@ struct Window {
     lr: f64,
     grad_norm: f64,
     started: Instant,
+    /// When the last step's figures came.
+    settled: Option<Instant>,
 }
 
 impl Window {
     fn new() -> Self {
-        Self { figures: Figures::default(), lr: 0.0, grad_norm: 0.0, started: Instant::now() }
+        Self { figures: Figures::default(), lr: 0.0, grad_norm: 0.0, started: Instant::now(), settled: None }
     }
 
     fn add(&mut self, figures: &Figures, lr: f64, grad_norm: f64) {
@@ -279,7 +334,7 @@ impl Window {
     }
 
     fn take(&mut self, position: &crate::Position, held: Option<&Held>) -> Record {
-        let Self { figures, lr, grad_norm, started } = std::mem::replace(self, Self::new());
+        let Self { figures, lr, grad_norm, started, .. } = std::mem::replace(self, Self::new());
         Record {
             step: position.step,
             epoch: position.epoch,

@@ -168,7 +168,10 @@ pub(crate) fn load(
     let mut params = Params::new();
     for (name, shape) in dims.weights() {
         let value = match read.tensors.get(&name) {
-            Some(tensor) if tensor.shape == shape => Tensor::from_f32(Device::Cpu, tensor.to_f32(), &shape)?,
+            Some(tensor) if tensor.shape == shape => {
+                let device = frozen.embedding.device();
+                Tensor::from_f32(device, tensor.to_f32(), &shape)?.cast(device.storage())?
+            }
             Some(tensor) => {
                 bail!("{}: {name} has shape {:?}, expected {shape:?}", folder.display(), tensor.shape)
             }
@@ -226,8 +229,7 @@ pub(crate) fn warm_start(folder: &Path, method: &dyn DraftMethod, params: &mut P
                 tensor.shape
             );
         }
-        param.value =
-            Tensor::from_f32(param.value.device(), tensor.to_f32(), &shape)?.cast(param.value.dtype())?;
+        param.value.assign(&Tensor::from_f32(Device::Cpu, tensor.to_f32(), &shape)?)?;
     }
     note!("warm      weights of {}", folder.display());
     Ok(())

@@ -10,8 +10,8 @@ use specforge_nn::weights::Weights;
 use specforge_store::{Reader, Report};
 use specforge_train::Checkpoint;
 
-use crate::machine;
 use crate::show::{Progress, bytes, print, table};
+use crate::{gpu, machine};
 
 /// Tell what a folder is: a target, a feature store, a checkpoint, a draft, a prepared set; without one, this machine.
 #[derive(Debug, clap::Args)]
@@ -21,12 +21,18 @@ pub(crate) struct Args {
     /// For a store: read every byte and name what is damaged.
     #[arg(long, requires = "path")]
     verify: bool,
+    /// Compile all GPU kernels for this machine's card now, so that no run has to.
+    #[arg(long, conflicts_with_all = ["path", "verify"])]
+    warm: bool,
     /// Print as JSON.
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.warm {
+        gpu::warm()?;
+    }
     let mut facts = match &args.path {
         None => this_machine(),
         Some(path) => of(path)?,
@@ -59,12 +65,15 @@ fn plain(key: &str, value: &Value) -> String {
 }
 
 fn this_machine() -> Value {
-    json!({
+    let mut facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "device": "cpu",
         "threads": machine::threads(),
         "memory_available_bytes": machine::available_memory(),
-    })
+    });
+    if let (Value::Object(all), Value::Object(gpu)) = (&mut facts, gpu::facts()) {
+        all.extend(gpu);
+    }
+    facts
 }
 
 fn of(path: &Path) -> Result<Value> {

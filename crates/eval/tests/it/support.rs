@@ -6,7 +6,7 @@ use std::fmt;
 
 use safetensors::tensor::{Dtype, TensorView};
 use specforge_eval::{Options, Report, Sampling, Speculation, evaluate};
-use specforge_methods::{Batch, DraftMethod, Drafter, Error, Loss, Result, VocabMap};
+use specforge_methods::{Batch, DraftMethod, Drafter, Error, PendingLoss, Result, VocabMap};
 use specforge_models::{Capture, KvCache, Target};
 use specforge_tensor::{DType, Device, Params, Tape, Tensor};
 use specforge_testkit::{Lcg, assert_close, tempdir};
@@ -127,7 +127,7 @@ impl<'t> Oracle<'t> {
 
     /// The captured states of `tokens`, and the logits after the last.
     fn ask(&self, tokens: &[u32]) -> (Tensor, Vec<f32>) {
-        let mut cache = KvCache::new(self.target, tokens.len());
+        let mut cache = KvCache::new(self.target, tokens.len()).unwrap();
         let capture = Capture { last_hidden: true, ..self.capture.clone() };
         let captured = self.target.extend(&mut cache, tokens, None, &capture).unwrap();
         let logits = self.target.logits(&captured.last_hidden.unwrap()).unwrap().to_f32();
@@ -152,7 +152,7 @@ impl DraftMethod for Oracle<'_> {
         &self.capture
     }
 
-    fn loss(&self, _: &Tape<'_>, _: &Batch) -> Result<Loss> {
+    fn loss(&self, _: &Tape<'_>, _: &Batch) -> Result<PendingLoss> {
         Err(Error::Batch("an oracle is not trained".to_owned()))
     }
 

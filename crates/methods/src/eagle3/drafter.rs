@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use specforge_tensor::{Attention, KeyValue, Params, Spans, Tape, Tensor, Var, Weight};
+use specforge_tensor::{Attention, KeyValue, Params, Part, Spans, Tape, Tensor, Var, Weight};
 
 use super::{At, Eagle3};
 use crate::{Drafter, Error, Result};
@@ -13,8 +13,9 @@ use crate::{Drafter, Error, Result};
 pub(super) struct Eagle3Drafter<'a> {
     method: &'a Eagle3,
     params: &'a Params,
-    base: [Tensor; 2],
-    nodes: [Tensor; 2],
+    /// Keys, then values, `[rows, 2·G·D]`.
+    base: Tensor,
+    nodes: Tensor,
     /// Parent and depth (from 1) of each node.
     tree: Vec<(Option<usize>, usize)>,
     /// The state each node gives its children, `[nodes, H]`; that of the committed rows comes apart.
@@ -23,23 +24,17 @@ pub(super) struct Eagle3Drafter<'a> {
 }
 
 impl<'a> Eagle3Drafter<'a> {
-    pub(super) fn new(method: &'a Eagle3, params: &'a Params) -> Self {
+    pub(super) fn new(method: &'a Eagle3, params: &'a Params) -> Result<Self> {
         let device = method.teacher_head.device();
-        let kv = method.dims.num_key_value_heads * method.dims.head_dim;
-        let empty = |width: usize| Tensor::zeros(device, &[0, width]);
-        Self {
-            method,
-            params,
-            base: [empty(kv), empty(kv)],
-            nodes: [empty(kv), empty(kv)],
-            tree: Vec::new(),
-            states: empty(method.dims.hidden_size),
-            root: empty(method.dims.hidden_size),
-        }
+        let kv = 2 * method.dims.num_key_value_heads * method.dims.head_dim;
+        let empty = |width: usize| Tensor::activations(device, &[0, width]);
+        let (base, nodes) = (empty(kv)?, empty(kv)?);
+        let (states, root) = (empty(method.dims.hidden_size)?, empty(method.dims.hidden_size)?);
+        Ok(Self { method, params, base, nodes, tree: Vec::new(), states, root })
     }
 
     fn committed(&self) -> usize {
-        self.base[0].rows_cols().0
+        self.base.rows_cols().0
     }
 
     /// The rest of the layer and the head for states `h` that attend to `base` within `spans` and to `extras`.
@@ -48,7 +43,7 @@ impl<'a> Eagle3Drafter<'a> {
         &self,
         tape: &Tape<'_>,
         h: &Var,
-        q: &Var,
+        query: Part,
         extras: &[(KeyValue, Option<Tensor>)],
     ) -> Result<(Tensor, Var)> {
         let (device, n) = (h.value().device(), h.rows_cols().0);
@@ -57,13 +52,12 @@ impl<'a> Eagle3Drafter<'a> {
             lo: Tensor::from_u32(device, vec![0; n]),
             hi: Tensor::from_u32(device, vec![self.committed() as u32; n]),
         };
-        let base =
-            KeyValue { key: tape.input(self.base[0].clone()), value: tape.input(self.base[1].clone()) };
-        let (shape, query) = (m.attention_shape(), q);
+        let shape = m.attention_shape();
+        let base = KeyValue::packed(&tape.input(self.base.clone()), 0, shape);
         let a = tape.attention(&Attention { shape, query, base: &base, spans: &spans, extras })?;
         let out = m.finish_layer(tape, h, &a)?;
         let normed = tape.rms_norm(&out, m.modules.norm, m.eps())?;
-        let logits = tape.linear(&normed, Weight::of(m.modules.lm_head))?;
+        let logits = tape.linear(&normed, &Weight::of(m.modules.lm_head))?;
         let state = if m.dims.norm_output { normed } else { out };
         Ok((state.value().clone(), logits))
     }
@@ -100,7 +94,7 @@ impl Drafter for Eagle3Drafter<'_> {
         let device = hidden_states.device();
         let tape = Tape::inference(self.params);
         self.tree.clear();
-        self.nodes.iter_mut().for_each(|t| t.truncate_rows(0));
+        self.nodes.truncate_rows(0);
         self.states.truncate_rows(0);
         // 1. Keys and values of all new rows.
         let start = self.committed() as u32;
@@ -109,15 +103,13 @@ impl Drafter for Eagle3Drafter<'_> {
         let normed = tape.rms_norm(&g, m.modules.hidden_norm, m.eps())?;
         let rows = |range: Range<u32>| range.collect::<Vec<u32>>();
         let at = At::new(device, rows(0..n as u32), rows(start..start + n as u32));
-        let kv = m.key_value(&tape, &normed, &half, &at)?;
-        self.base[0].append_rows(kv.key.value())?;
-        self.base[1].append_rows(kv.value.value())?;
+        self.base.append_rows(m.keys_values(&tape, (&normed, &half), &at)?.value())?;
         // 2. The rest of the layer for the last row alone.
         let last = Tensor::from_u32(device, vec![n as u32 - 1]);
         let (h, normed) = (tape.gather_rows(&g, &last)?, tape.gather_rows(&normed, &last)?);
-        let q = m.project_half(&tape, &normed, &m.modules.q_proj, &half[0], &last)?;
-        let q = m.rotate(&tape, &q, &At::new(device, vec![n as u32 - 1], vec![start + n as u32 - 1]))?;
-        let (state, logits) = self.finish(&tape, &h, &q, &[])?;
+        let at = At::new(device, vec![n as u32 - 1], vec![start + n as u32 - 1]);
+        let q = m.queries(&tape, (&normed, &half), &at)?;
+        let (state, logits) = self.finish(&tape, &h, Part::new(&q, 0), &[])?;
         self.root = state;
         Ok(logit_rows(&logits).swap_remove(0))
     }
@@ -139,18 +131,16 @@ impl Drafter for Eagle3Drafter<'_> {
         let n = tape.rms_norm(&h, m.modules.hidden_norm, m.eps())?;
         let position = vec![(self.committed() + depth - 1) as u32; nodes.len()];
         let at = At::new(device, (0..nodes.len() as u32).collect(), position);
-        let kv = m.key_value(&tape, &n, &half, &at)?;
-        self.nodes[0].append_rows(kv.key.value())?;
-        self.nodes[1].append_rows(kv.value.value())?;
+        let qkv = m.queries_keys_values(&tape, (&n, &half), &at)?;
+        let first_key = m.query_width();
+        let kv = tape.columns(&qkv, first_key..qkv.rows_cols().1)?;
+        self.nodes.append_rows(kv.value())?;
         // 2. Attention to the committed rows, the node's ancestors and itself.
-        let q = m.project_half(&tape, &n, &m.modules.q_proj, &half[0], &at.token)?;
-        let q = m.rotate(&tape, &q, &at)?;
-        let keys =
-            KeyValue { key: tape.input(self.nodes[0].clone()), value: tape.input(self.nodes[1].clone()) };
+        let keys = KeyValue::packed(&tape.input(self.nodes.clone()), 0, m.attention_shape());
         let ancestors = self.ancestors(first, depth).into_iter();
         let extras: Vec<_> =
             ancestors.map(|rows| (keys.clone(), Some(Tensor::from_u32(device, rows)))).collect();
-        let (state, logits) = self.finish(&tape, &h, &q, &extras)?;
+        let (state, logits) = self.finish(&tape, &h, Part::new(&qkv, 0), &extras)?;
         self.states.append_rows(&state)?;
         Ok(logit_rows(&logits))
     }

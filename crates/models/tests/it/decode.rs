@@ -29,7 +29,7 @@ fn a_cached_continuation_equals_the_whole_sequence() {
         let target = target(architecture, &extra);
         let n = if rope_is_fixed { 30 } else { 12 };
         let (tokens, h) = (tokens(1, n), target.info().hidden_size);
-        let mut cache = KvCache::new(&target, 4);
+        let mut cache = KvCache::new(&target, 4).unwrap();
         let mut got = Vec::new();
         for part in [&tokens[..5], &tokens[5..6], &tokens[6..9], &tokens[9..]] {
             let captured = target.extend(&mut cache, part, None, &all(&target)).unwrap();
@@ -52,7 +52,7 @@ fn every_branch_of_a_tree_equals_its_chain() {
         let h = target.info().hidden_size;
         for prompt in [&tokens(2, 6)[..], &[]] {
             let nodes = tokens(3, parents.len());
-            let mut cache = KvCache::new(&target, 20);
+            let mut cache = KvCache::new(&target, 20).unwrap();
             if !prompt.is_empty() {
                 target.extend(&mut cache, prompt, None, &all(&target)).unwrap();
             }
@@ -80,7 +80,7 @@ fn a_chain_given_by_parents_is_a_continuation() {
     let target = target("LlamaForCausalLM", &json!({}));
     let nodes = tokens(4, 5);
     let run = |parents: Option<&[u32]>| {
-        let mut cache = KvCache::new(&target, 16);
+        let mut cache = KvCache::new(&target, 16).unwrap();
         target.extend(&mut cache, &tokens(5, 4), None, &all(&target)).unwrap();
         let got = last(target.extend(&mut cache, &nodes, parents, &all(&target)).unwrap());
         // A chain needs no settling, but may be cut to what was accepted.
@@ -94,7 +94,7 @@ fn a_chain_given_by_parents_is_a_continuation() {
 #[test]
 fn taking_back_restores_the_cache() {
     let target = target("Qwen3ForCausalLM", &json!({}));
-    let mut cache = KvCache::new(&target, 16);
+    let mut cache = KvCache::new(&target, 16).unwrap();
     target.extend(&mut cache, &tokens(6, 8), None, &all(&target)).unwrap();
     let before = cache.clone();
     target.extend(&mut cache, &[1, 2, 3], Some(&[NONE, NONE, 1]), &all(&target)).unwrap();
@@ -113,7 +113,7 @@ fn taking_back_restores_the_cache() {
 #[test]
 fn wrong_uses_of_the_cache_are_refused_and_change_nothing() {
     let target = target("LlamaForCausalLM", &json!({}));
-    let mut cache = KvCache::new(&target, 16);
+    let mut cache = KvCache::new(&target, 16).unwrap();
     target.extend(&mut cache, &tokens(7, 5), None, &all(&target)).unwrap();
     let check = |cache: &mut KvCache, tokens: &[u32], parents: Option<&[u32]>, expected: &str| {
         let len = cache.len();
@@ -135,7 +135,9 @@ fn wrong_uses_of_the_cache_are_refused_and_change_nothing() {
     assert!(keep(&cache, 5, &[0, 1]).contains("not a path"));
     assert!(keep(&cache, 5, &[3]).contains("not a path"));
     let other = crate::folder::target("LlamaForCausalLM", &json!({ "num_key_value_heads": 4 }));
-    let message =
-        other.extend(&mut KvCache::new(&target, 1), &[1], None, &all(&other)).unwrap_err().to_string();
+    let message = other
+        .extend(&mut KvCache::new(&target, 1).unwrap(), &[1], None, &all(&other))
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("made for another target"), "{message}");
 }

@@ -93,7 +93,7 @@ impl Case {
         let all = Capture { layers: (0..n).collect(), last_hidden: true };
         let captured = self.target.forward(&self.documents(), &all).unwrap();
         let tokens = Tensor::from_u32(Device::Cpu, self.rows.concat());
-        let embedded = Device::Cpu.kernels().gather_rows(self.target.embedding(), &tokens);
+        let embedded = Device::Cpu.kernels().gather_rows(self.target.embedding(), &tokens).unwrap();
         let h = self.target.info().hidden_size;
         let states = captured.hidden_states.f32s();
         for i in 0..=n {
@@ -136,7 +136,7 @@ impl Case {
         let len = greedy["prompt"]["len"].as_u64().unwrap() as usize;
         let (shape, expected) = self.expected.f32("greedy.logits");
         let mut next = self.rows[row][..len].to_vec();
-        let mut cache = KvCache::new(&self.target, len + shape[0]);
+        let mut cache = KvCache::new(&self.target, len + shape[0]).unwrap();
         let capture = Capture { layers: vec![], last_hidden: true };
         let (mut tokens, mut all) = (Vec::new(), Vec::new());
         for _ in 0..shape[0] {

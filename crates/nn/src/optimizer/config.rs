@@ -54,14 +54,9 @@ impl AdamWConfig {
         bad.map_or(Ok(()), |(key, got, _, why)| Err(Error::Setting { key, got: got.to_string(), why }))
     }
 
-    /// The factor that clipping puts on gradients of this global norm.
-    pub(super) fn clip(&self, norm: f64) -> f64 {
-        if self.max_grad_norm == 0.0 { 1.0 } else { (self.max_grad_norm / (norm + 1e-6)).min(1.0) }
-    }
-
-    /// The kernel's arguments; a parameter fills in the number of its step.
-    pub(super) fn adam_step(&self, lr: f64, grad_scale: f64) -> AdamStep {
+    /// The kernel's arguments.
+    pub(super) fn adam_step(&self, lr: f64, weight: f64) -> AdamStep {
         let ([beta1, beta2], eps, weight_decay) = (self.betas, self.eps, self.weight_decay);
-        AdamStep { lr, beta1, beta2, eps, weight_decay, step: 0, grad_scale }
+        AdamStep { lr, beta1, beta2, eps, weight_decay, weight, max_norm: self.max_grad_norm }
     }
 }

@@ -15,6 +15,11 @@ fn grads_of(params: &Params, grads: &[(ParamId, Tensor)]) -> Grads {
     tape.backward_from(seeds).unwrap()
 }
 
+/// One step, and its report.
+fn stepped(optimizer: &mut AdamW, params: &mut Params, grads: &Grads, weight: f64, lr: f64) -> StepReport {
+    optimizer.step(params, grads, weight, lr).unwrap().wait().unwrap()
+}
+
 fn tensor(values: Vec<f32>, shape: &[usize]) -> Tensor {
     Tensor::from_f32(Device::Cpu, values, shape).unwrap()
 }
@@ -58,11 +63,11 @@ fn golden_optimizer_states_and_parameters_agree_after_every_step() {
             };
             let grads: Vec<_> = ids.into_iter().zip(NAMES.map(grad)).collect();
             let grads = grads_of(&params, &grads);
-            let report = optimizer.step(&mut params, &grads, 1.0, f64::from(lr));
+            let report = stepped(&mut optimizer, &mut params, &grads, 1.0, f64::from(lr));
             let step = format!("{name}.step{}", i + 1);
             assert_close(&step, &[report.grad_norm as f32], &[norm], atol, rtol);
             assert_eq!(report.clipped, norm > 0.5, "{step}");
-            let state = optimizer.state(&params);
+            let state = optimizer.state(&params).unwrap();
             let find =
                 |kind: &str, n| state.iter().find(|(s, _)| *s == format!("{kind}.{n}")).map(|(_, t)| t);
             for (id, n) in ids.into_iter().zip(NAMES) {
@@ -119,10 +124,10 @@ fn only_trained_parameters_with_a_gradient_are_stepped() {
     let config = AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() };
     let mut optimizer = AdamW::new(config, &params).unwrap();
     let grads = random_grads(&params, &ids[..2], 1);
-    optimizer.step(&mut params, &grads, 1.0, 0.1);
+    stepped(&mut optimizer, &mut params, &grads, 1.0, 0.1);
     let moved = ids.map(|id| params.get(id).value.to_f32() != before.get(id).value.to_f32());
     assert_eq!(moved, [true, true, false, false]);
-    let names: Vec<String> = optimizer.state(&params).into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> = optimizer.state(&params).unwrap().into_iter().map(|(name, _)| name).collect();
     assert_eq!(
         names,
         [
@@ -141,7 +146,7 @@ fn only_trained_parameters_with_a_gradient_are_stepped() {
     // A parameter that gets its first gradient late starts with the bias correction of a first step: its update is
     // about the learning rate, whatever the number of steps before.
     let grads = random_grads(&params, &ids[2..3], 2);
-    optimizer.step(&mut params, &grads, 1.0, 0.01);
+    stepped(&mut optimizer, &mut params, &grads, 1.0, 0.01);
     let (old, new) = (before.get(ids[2]).value.to_f32(), params.get(ids[2]).value.to_f32());
     for (old, new) in old.iter().zip(new) {
         assert!(((old * (1.0 - 0.001) - new).abs() - 0.01).abs() < 1e-4, "{old} went to {new}");
@@ -157,11 +162,11 @@ fn gradients_are_divided_by_the_weight_and_the_norm_is_that_of_the_mean() {
     for (max_grad_norm, clipped) in [(0.5, true), (norm, false), (0.0, false)] {
         let config = AdamWConfig { max_grad_norm, ..AdamWConfig::default() };
         let mut optimizer = AdamW::new(config, &params).unwrap();
-        let report = optimizer.step(&mut params, &sums, 4.0, 0.0);
+        let report = stepped(&mut optimizer, &mut params, &sums, 4.0, 0.0);
         assert!((report.grad_norm / (norm / 4.0) - 1.0).abs() < 1e-6, "{report:?}, {norm}");
         assert_eq!(report.clipped, clipped);
         // The first moment after one step is a tenth of the gradient that was applied.
-        let applied = optimizer.state(&params)[0].1.to_f32();
+        let applied = optimizer.state(&params).unwrap()[0].1.to_f32();
         let factor = if clipped { 0.5 / norm } else { 0.25 } * 0.1;
         let expected: Vec<f32> =
             sums.get(ids[0]).unwrap().to_f32().iter().map(|g| g * factor as f32).collect();
@@ -175,9 +180,9 @@ fn a_restored_optimizer_goes_on_with_the_same_bits() {
     let mut optimizer = AdamW::new(AdamWConfig::default(), &params).unwrap();
     for seed in 0..3 {
         let grads = random_grads(&params, &ids[..2], seed);
-        optimizer.step(&mut params, &grads, 2.0, 0.01);
+        stepped(&mut optimizer, &mut params, &grads, 2.0, 0.01);
     }
-    let saved = optimizer.state(&params);
+    let saved = optimizer.state(&params).unwrap();
     let (mut other_params, _) = model();
     other_params.get_mut(ids[0]).value = params.get(ids[0]).value.clone();
     let find = |name: &str| saved.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
@@ -185,12 +190,13 @@ fn a_restored_optimizer_goes_on_with_the_same_bits() {
         AdamW::restore(AdamWConfig::default(), &mut other_params, optimizer.steps(), find).unwrap();
     for seed in 3..5 {
         let grads = random_grads(&params, &ids[..3], seed);
-        let report = optimizer.step(&mut params, &grads, 2.0, 0.01);
-        assert_eq!(other.step(&mut other_params, &grads, 2.0, 0.01), report);
+        let report = stepped(&mut optimizer, &mut params, &grads, 2.0, 0.01);
+        assert_eq!(stepped(&mut other, &mut other_params, &grads, 2.0, 0.01), report);
     }
     assert_eq!(other.steps(), 5);
     let bits = |s: &AdamW, p: &Params| -> Vec<(String, Vec<u32>)> {
-        let all = s.state(p).into_iter().chain(p.iter().map(|(_, p)| (p.name.clone(), p.value.clone())));
+        let all =
+            s.state(p).unwrap().into_iter().chain(p.iter().map(|(_, p)| (p.name.clone(), p.value.clone())));
         all.map(|(name, t)| (name, t.to_f32().iter().map(|v| v.to_bits()).collect())).collect()
     };
     assert_eq!(bits(&other, &other_params), bits(&optimizer, &params));
@@ -199,7 +205,7 @@ fn a_restored_optimizer_goes_on_with_the_same_bits() {
 #[test]
 fn a_state_of_another_model_is_refused() {
     let (mut params, _) = model();
-    let saved = AdamW::new(AdamWConfig::default(), &params).unwrap().state(&params);
+    let saved = AdamW::new(AdamWConfig::default(), &params).unwrap().state(&params).unwrap();
     let mut message = |change: &dyn Fn(&str, Tensor) -> Option<Tensor>| {
         let find = |name: &str| saved.iter().find(|(n, _)| n == name).and_then(|(n, t)| change(n, t.clone()));
         AdamW::restore(AdamWConfig::default(), &mut params, 0, find).unwrap_err().to_string()
@@ -224,14 +230,15 @@ fn a_norm_that_is_not_finite_changes_nothing() {
     let before = params.clone();
     let mut optimizer = AdamW::new(AdamWConfig::default(), &params).unwrap();
     let broken = grads_of(&params, &[(ids[0], tensor(vec![f32::INFINITY; 12], &[3, 4]))]);
-    assert!(!optimizer.step(&mut params, &broken, 1.0, 0.1).grad_norm.is_finite());
+    assert!(!stepped(&mut optimizer, &mut params, &broken, 1.0, 0.1).grad_norm.is_finite());
     let nothing = grads_of(&params, &[(ids[0], tensor(vec![0.0; 12], &[3, 4]))]);
-    assert!(!optimizer.step(&mut params, &nothing, 0.0, 0.1).grad_norm.is_finite());
+    assert!(!stepped(&mut optimizer, &mut params, &nothing, 0.0, 0.1).grad_norm.is_finite());
     assert_eq!(optimizer.steps(), 0);
     assert_eq!(params.get(ids[0]).value.to_f32(), before.get(ids[0]).value.to_f32());
     assert!(
         optimizer
             .state(&params)
+            .unwrap()
             .iter()
             .filter(|(n, _)| n != "master.half")
             .all(|(_, t)| t.to_f32().iter().all(|&v| v == 0.0))

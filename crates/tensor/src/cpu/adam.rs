@@ -1,44 +1,53 @@
 //! The AdamW update and the norm that clipping needs.
 
-use half::{bf16, f16};
+use half::bf16;
 use rayon::prelude::*;
 
-use super::f32_mut;
 use super::simd::dot;
-use crate::Tensor;
-use crate::kernels::AdamStep;
+use super::{f32_mut, tensor};
+use crate::kernels::{AdamStep, AdamTensor};
 use crate::tensor::Buffer;
+use crate::{DType, Error, Result, Tensor};
 
 const CHUNK: usize = 1 << 14;
 
-pub(super) fn step(
-    param: &mut Tensor,
-    master: Option<&mut Tensor>,
-    [m, v]: [&mut Tensor; 2],
-    grad: &Tensor,
-    step: AdamStep,
-) {
-    let grad = grad.f32s();
-    let Some(master) = master else {
-        return update(f32_mut(param), f32_mut(m), f32_mut(v), &grad, step);
-    };
-    let master = f32_mut(master);
-    update(master, f32_mut(m), f32_mut(v), &grad, step);
-    match param.buffer_mut() {
-        Buffer::F32(p) => p.copy_from_slice(master),
-        Buffer::Bf16(p) => p.iter_mut().zip(master).for_each(|(p, m)| *p = bf16::from_f32(*m)),
-        Buffer::F16(p) => p.iter_mut().zip(master).for_each(|(p, m)| *p = f16::from_f32(*m)),
-        Buffer::U32(_) => unreachable!("row numbers are not parameters"),
+/// One step; returns the norm of the gradients divided by the weight.
+pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<f64> {
+    let squares: f64 = tensors.iter().map(|t| sum_squares(t.grad)).sum();
+    let norm = squares.sqrt() / step.weight;
+    if !norm.is_finite() {
+        return Ok(norm);
     }
+    let clip = if step.max_norm == 0.0 { 1.0 } else { (step.max_norm / (norm + 1e-6)).min(1.0) };
+    for t in tensors {
+        let (grad, scale) = (t.grad.f32s(), clip / step.weight);
+        let [m, v] = [f32_mut(t.exp_avg), f32_mut(t.exp_avg_sq)];
+        let Some(remainder) = &mut t.remainder else {
+            update(f32_mut(t.param), m, v, &grad, (step, t.step, scale));
+            continue;
+        };
+        let mut exact = master(t.param, remainder).to_f32();
+        update(&mut exact, m, v, &grad, (step, t.step, scale));
+        let shape = t.param.shape().to_vec();
+        let [param, rest] = split_master(&tensor(exact, &shape), t.param.dtype())?;
+        (*t.param, **remainder) = (param, rest);
+    }
+    Ok(norm)
 }
 
-fn update(p: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], s: AdamStep) {
-    let correction1 = 1.0 - s.beta1.powf(s.step as f64);
-    let correction2 = (1.0 - s.beta2.powf(s.step as f64)).sqrt();
+fn update(
+    p: &mut [f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    grad: &[f32],
+    (s, step, scale): (&AdamStep, u64, f64),
+) {
+    let correction1 = 1.0 - s.beta1.powf(step as f64);
+    let correction2 = (1.0 - s.beta2.powf(step as f64)).sqrt();
     let (rate, keep) = ((s.lr / correction1) as f32, (1.0 - s.lr * s.weight_decay) as f32);
     let (b1, b2, eps) = (s.beta1 as f32, s.beta2 as f32, s.eps as f32);
     let (c1, c2) = ((1.0 - s.beta1) as f32, (1.0 - s.beta2) as f32);
-    let (scale, correction2) = (s.grad_scale as f32, correction2 as f32);
+    let (scale, correction2) = (scale as f32, correction2 as f32);
     let chunks = p.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK));
     chunks.zip(grad.par_chunks(CHUNK)).for_each(|(((p, m), v), g)| {
         for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
@@ -51,7 +60,36 @@ fn update(p: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], s: AdamStep
 }
 
 /// Blocks are summed in float32 lanes, the blocks' sums in float64 and in order.
-pub(super) fn sum_squares(x: &Tensor) -> f64 {
+fn sum_squares(x: &Tensor) -> f64 {
     let sums: Vec<f32> = x.f32s().par_chunks(CHUNK).map(|chunk| dot(chunk, chunk)).collect();
     sums.into_iter().map(f64::from).sum()
+}
+
+/// A master weight as the bfloat16 nearest to it, and the difference of their bits. Ties round away from zero: to even,
+/// there would be one more difference than 16 bits can hold.
+pub(super) fn split_master(master: &Tensor, like: DType) -> Result<[Tensor; 2]> {
+    if like != DType::Bf16 {
+        let (op, what) = ("split_master", "a trained parameter's storage");
+        return Err(Error::DType { op, what, expected: "F32 or Bf16", got: like });
+    }
+    let values = master.f32s();
+    let round = |v: &f32| {
+        let rounded = (v.to_bits().wrapping_add(0x8000) >> 16) as u16;
+        // The carry must not make another number of NaN.
+        if v.is_nan() { bf16::NAN } else { bf16::from_bits(rounded) }
+    };
+    let rounded: Vec<bf16> = values.iter().map(round).collect();
+    let rest = |(v, r): (&f32, &bf16)| v.to_bits().wrapping_sub(u32::from(r.to_bits()) << 16) as i16;
+    let rest = Tensor::from_i16(values.iter().zip(&rounded).map(rest).collect(), master.shape());
+    Ok([Tensor::from_bf16(master.device(), rounded, master.shape())?, rest])
+}
+
+/// The master weight of a bfloat16 parameter.
+pub(super) fn master(param: &Tensor, remainder: &Tensor) -> Tensor {
+    let (Buffer::Bf16(param_values), Buffer::I16(rest)) = (param.buffer(), remainder.buffer()) else {
+        unreachable!("only bfloat16 parameters have a remainder")
+    };
+    let bits = |p: &bf16, rest: &i16| (u32::from(p.to_bits()) << 16).wrapping_add_signed(i32::from(*rest));
+    let values = param_values.iter().zip(rest).map(|(p, rest)| f32::from_bits(bits(p, rest)));
+    tensor(values.collect(), param.shape())
 }

@@ -7,9 +7,9 @@ use rayon::prelude::*;
 
 use super::gemm::{Mat, gemm_into};
 use super::simd::{axpy, dot, exp_sum, max, scale};
-use super::{tensor, u32s};
+use super::{rows, tensor, u32s};
 use crate::Tensor;
-use crate::kernels::{AttentionShape, Extra, Spans};
+use crate::kernels::{AttentionInputs, AttentionShape, Columns, Extra};
 
 /// Queries per block.
 const BLOCK: usize = 32;
@@ -30,6 +30,8 @@ pub(super) struct View<'a> {
     pub lo: &'a [u32],
     pub hi: &'a [u32],
     pub extras: Vec<ExtraView<'a>>,
+    /// Per query head, a logit without a value.
+    pub sinks: Option<Cow<'a, [f32]>>,
 }
 
 /// One extra key per query, as slices.
@@ -46,24 +48,32 @@ impl ExtraView<'_> {
     }
 }
 
+/// The elements of some columns: borrowed where they are all there are.
+fn part<'a>(columns: &Columns<'a>, width: usize) -> Cow<'a, [f32]> {
+    if columns.of.rows_cols().1 == width {
+        return columns.of.f32s();
+    }
+    Cow::Owned(rows::columns(columns.of, columns.first..columns.first + width).to_f32())
+}
+
 impl<'a> View<'a> {
-    pub(super) fn new(
-        shape: AttentionShape,
-        [q, k, v]: [&'a Tensor; 3],
-        spans: &'a Spans,
-        extras: &[Extra<'a>],
-    ) -> Self {
-        let extra =
-            |e: &Extra<'a>| ExtraView { key: e.key.f32s(), value: e.value.f32s(), index: e.index.map(u32s) };
-        let extras = extras.iter().map(extra).collect();
+    pub(super) fn new(inputs: &AttentionInputs<'a>) -> Self {
+        let (shape, [q, k, v]) = (inputs.shape, inputs.qkv);
+        let (width, kv) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
+        let extra = |e: &Extra<'a>| ExtraView {
+            key: part(&e.key, kv),
+            value: part(&e.value, kv),
+            index: e.index.map(u32s),
+        };
         Self {
             shape,
-            q: q.f32s(),
-            k: k.f32s(),
-            v: v.f32s(),
-            lo: u32s(&spans.lo),
-            hi: u32s(&spans.hi),
-            extras,
+            q: part(&q, width),
+            k: part(&k, kv),
+            v: part(&v, kv),
+            lo: u32s(&inputs.spans.lo),
+            hi: u32s(&inputs.spans.hi),
+            extras: inputs.extras.iter().map(extra).collect(),
+            sinks: inputs.sinks.map(Tensor::f32s),
         }
     }
 
@@ -131,18 +141,13 @@ impl<'a> View<'a> {
     }
 }
 
-pub(super) fn forward(
-    shape: AttentionShape,
-    qkv: [&Tensor; 3],
-    spans: &Spans,
-    extras: &[Extra<'_>],
-) -> (Tensor, Tensor) {
-    let view = View::new(shape, qkv, spans, extras);
-    let (rows, d) = (view.lo.len(), shape.head_dim);
+pub(super) fn forward(inputs: &AttentionInputs<'_>) -> (Tensor, Tensor) {
+    let view = View::new(inputs);
+    let (shape, rows, d) = (view.shape, view.lo.len(), view.shape.head_dim);
     let tasks: Vec<(Block, usize)> =
         view.blocks().into_iter().flat_map(|b| (0..shape.n_heads).map(move |h| (b.clone(), h))).collect();
     let run = |(block, head): &(Block, usize)| head_forward(&view, block, *head);
-    let work = rows * qkv[1].rows_cols().0 * d * shape.n_heads;
+    let work = rows * inputs.qkv[1].of.rows_cols().0 * d * shape.n_heads;
     let parts: Vec<_> =
         if work < 1 << 16 { tasks.iter().map(run).collect() } else { tasks.par_iter().map(run).collect() };
     let (mut out, mut lse) = (vec![0.0; rows * shape.n_heads * d], vec![0.0; rows * shape.n_heads]);
@@ -161,9 +166,10 @@ fn head_forward(view: &View<'_>, block: &Block, head: usize) -> (Vec<f32>, Vec<f
     let (width, h) = (n_keys + view.extras.len(), head / (view.shape.n_heads / view.shape.n_kv_heads));
     let mut p = view.scores(block, head);
     let lse = block.rows.clone().zip(p.chunks_exact_mut(width.max(1)));
-    let lse: Vec<f32> = lse.map(|(r, row)| softmax(row, view.visible(block, r), n_keys)).collect();
+    let sink = view.sinks.as_ref().map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
+    let lse: Vec<f32> = lse.map(|(r, row)| softmax(row, view.visible(block, r), n_keys, sink)).collect();
     if width == 0 {
-        return (vec![0.0; block.rows.len() * d], vec![f32::NEG_INFINITY; block.rows.len()]);
+        return (vec![0.0; block.rows.len() * d], vec![sink; block.rows.len()]);
     }
     let mut out = vec![0.0; block.rows.len() * d];
     gemm_into(
@@ -184,13 +190,14 @@ fn head_forward(view: &View<'_>, block: &Block, head: usize) -> (Vec<f32>, Vec<f
     (out, lse)
 }
 
-/// Softmax in place over the visible base keys and all extras; other entries become zero. Returns the log-sum-exp.
-fn softmax(row: &mut [f32], visible: Range<usize>, n_keys: usize) -> f32 {
+/// Softmax in place over the visible base keys, all extras and the sink; other entries become zero. Returns the
+/// log-sum-exp.
+fn softmax(row: &mut [f32], visible: Range<usize>, n_keys: usize, sink: f32) -> f32 {
     let (base, extras) = row.split_at_mut(n_keys);
     base[..visible.start].fill(0.0);
     base[visible.end..].fill(0.0);
     let base = &mut base[visible];
-    let top = max(base).max(max(extras));
+    let top = max(base).max(max(extras)).max(sink);
     if top == f32::NEG_INFINITY {
         base.fill(0.0);
         extras.fill(0.0);
@@ -201,6 +208,7 @@ fn softmax(row: &mut [f32], visible: Range<usize>, n_keys: usize) -> f32 {
         *e = if *e == f32::NEG_INFINITY { 0.0 } else { (*e - top).exp() };
         sum += *e;
     }
+    sum += (sink - top).exp();
     scale(base, 1.0 / sum);
     scale(extras, 1.0 / sum);
     top + sum.ln()

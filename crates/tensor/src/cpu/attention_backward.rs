@@ -10,7 +10,7 @@ use super::gemm::{Mat, gemm_into};
 use super::simd::{axpy, dot, exp_shifted};
 use super::tensor;
 use crate::Tensor;
-use crate::kernels::{AttentionShape, Extra, Spans};
+use crate::kernels::AttentionInputs;
 
 /// Blocks that share keys and therefore add to the same gradients: one document, as a rule.
 struct Segment {
@@ -52,13 +52,11 @@ fn segments(blocks: Vec<Block>) -> Vec<Segment> {
 }
 
 pub(super) fn backward(
-    shape: AttentionShape,
-    qkv: [&Tensor; 3],
-    spans: &Spans,
-    extras: &[Extra<'_>],
+    inputs: &AttentionInputs<'_>,
     [out, lse, dout]: [&Tensor; 3],
 ) -> ([Tensor; 3], Vec<[Tensor; 2]>) {
-    let view = View::new(shape, qkv, spans, extras);
+    let view = View::new(inputs);
+    let shape = view.shape;
     let saved = Saved { out: out.f32s(), lse: lse.f32s(), dout: dout.f32s() };
     let tasks: Vec<(Segment, usize)> = segments(view.blocks())
         .into_iter()
@@ -68,16 +66,20 @@ pub(super) fn backward(
         })
         .collect();
     let parts: Vec<Part> = tasks.par_iter().map(|(s, h)| segment_backward(&view, &saved, s, *h)).collect();
-    let mut grads = qkv.map(|t| vec![0.0; t.len()]);
+    let (width, kv) = view.widths();
+    let mut grads = [&view.q, &view.k, &view.v].map(|t| vec![0.0; t.len()]);
     let mut dextras: Vec<[Vec<f32>; 2]> =
-        extras.iter().map(|e| [vec![0.0; e.key.len()], vec![0.0; e.value.len()]]).collect();
+        view.extras.iter().map(|e| [vec![0.0; e.key.len()], vec![0.0; e.value.len()]]).collect();
     for ((segment, h), part) in tasks.iter().zip(parts) {
         merge(&view, segment, *h, part, &mut grads, &mut dextras);
     }
+    let matrix = |values: Vec<f32>, width: usize| {
+        let rows = values.len() / width;
+        tensor(values, &[rows, width])
+    };
     let [dq, dk, dv] = grads;
-    let dextras =
-        extras.iter().zip(dextras).map(|(e, [k, v])| [tensor(k, e.key.shape()), tensor(v, e.value.shape())]);
-    ([tensor(dq, qkv[0].shape()), tensor(dk, qkv[1].shape()), tensor(dv, qkv[2].shape())], dextras.collect())
+    let dextras = dextras.into_iter().map(|pair| pair.map(|d| matrix(d, kv)));
+    ([matrix(dq, width), matrix(dk, kv), matrix(dv, kv)], dextras.collect())
 }
 
 /// Adds one part to the whole gradients; parts come in a fixed order.

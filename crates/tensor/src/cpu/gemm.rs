@@ -154,8 +154,8 @@ const FEW_ROWS: usize = 16;
 /// Columns of the output per task of [`few_rows`].
 const FEW_COLUMNS: usize = 128;
 
-/// `y[:, start..start + count] = x · blockᵀ` for a few rows.
-fn few_rows(y: &mut [f32], n: usize, x: &[f32], k: usize, (start, rows): (usize, &[&[f32]])) {
+/// `y[:, first..first + rows.len()] = x · rowsᵀ` for a few rows of x; y has `n` columns.
+fn few_rows(y: &mut [f32], n: usize, x: &[f32], k: usize, (first, rows): (usize, &[&[f32]])) {
     let n_rows = x.len() / k;
     let part = |rows: &[&[f32]]| -> Vec<f32> {
         let mut products = vec![0.0; rows.len() * n_rows];
@@ -169,45 +169,79 @@ fn few_rows(y: &mut [f32], n: usize, x: &[f32], k: usize, (start, rows): (usize,
         rows.par_chunks(FEW_COLUMNS).map(part).collect()
     };
     for (column, values) in parts.iter().flat_map(|part| part.chunks_exact(n_rows)).enumerate() {
-        values.iter().enumerate().for_each(|(r, v)| y[r * n + start + column] = *v);
+        values.iter().enumerate().for_each(|(r, v)| y[r * n + first + column] = *v);
     }
 }
 
-pub(super) fn linear(x: &Tensor, w: &Tensor, cols: Range<usize>, bias: Option<&Tensor>) -> Tensor {
-    let ((r, k), (n, k_all)) = (x.rows_cols(), w.rows_cols());
+/// Matrices of a stack, each with its first row in it.
+fn stacked<'a>(w: &'a [&Tensor]) -> impl Iterator<Item = (usize, &'a Tensor)> {
+    w.iter().scan(0, |end, &w| {
+        let first = *end;
+        *end += w.rows_cols().0;
+        Some((first, w))
+    })
+}
+
+pub(super) fn linear(
+    x: &Tensor,
+    w: &[&Tensor],
+    cols: Range<usize>,
+    bias: &[&Tensor],
+    residual: Option<&Tensor>,
+) -> Tensor {
+    let ((r, k), n) = (x.rows_cols(), w.iter().map(|w| w.rows_cols().0).sum::<usize>());
     let values = x.f32s();
     let mut y = vec![0.0; r * n];
-    for (start, count, block) in weight_blocks(w) {
-        if (1..=FEW_ROWS).contains(&r) && k > 0 {
-            let rows: Vec<&[f32]> = block.chunks_exact(k_all).map(|row| &row[cols.clone()]).collect();
-            few_rows(&mut y, n, &values, k, (start, &rows));
-            continue;
+    for (first, w) in stacked(w) {
+        let k_all = w.rows_cols().1;
+        for (start, count, block) in weight_blocks(w) {
+            let first = first + start;
+            if (1..=FEW_ROWS).contains(&r) && k > 0 {
+                let rows: Vec<&[f32]> = block.chunks_exact(k_all).map(|row| &row[cols.clone()]).collect();
+                few_rows(&mut y, n, &values, k, (first, &rows));
+                continue;
+            }
+            let b = Mat::new(&block[cols.start..], count, k, k_all).t();
+            gemm(&mut y[first.min(r * n)..], n, Mat::new(&values, r, k, k), b, false);
         }
-        let b = Mat::new(&block[cols.start..], count, k, k_all).t();
-        gemm(&mut y[start.min(r * n)..], n, Mat::new(&values, r, k, k), b, false);
     }
-    if let Some(bias) = bias {
-        rows::add_to_each_row(&mut y, &bias.f32s());
+    if !bias.is_empty() {
+        let bias: Vec<f32> = bias.iter().flat_map(|b| b.to_f32()).collect();
+        rows::add_to_each_row(&mut y, &bias);
     }
-    tensor(y, &[r, n])
+    let mut y = tensor(y, &[r, n]);
+    if let Some(residual) = residual {
+        rows::add_assign(&mut y, residual);
+    }
+    y
 }
 
-pub(super) fn linear_dgrad(dy: &Tensor, w: &Tensor, cols: Range<usize>) -> Tensor {
-    let ((r, n), k_all) = (dy.rows_cols(), w.rows_cols().1);
+pub(super) fn linear_dgrad(dy: &Tensor, w: &[&Tensor], cols: Range<usize>, into: Option<Tensor>) -> Tensor {
+    let (r, n) = dy.rows_cols();
     let values = dy.f32s();
     let mut dx = vec![0.0; r * cols.len()];
-    for (start, count, block) in weight_blocks(w) {
-        let a = Mat::new(&values[start.min(r * n)..], r, count, n);
-        gemm(&mut dx, cols.len(), a, Mat::new(&block[cols.start..], count, cols.len(), k_all), start > 0);
+    for (first, w) in stacked(w) {
+        let k_all = w.rows_cols().1;
+        for (start, count, block) in weight_blocks(w) {
+            let first = first + start;
+            let a = Mat::new(&values[first.min(r * n)..], r, count, n);
+            gemm(&mut dx, cols.len(), a, Mat::new(&block[cols.start..], count, cols.len(), k_all), first > 0);
+        }
     }
-    tensor(dx, &[r, cols.len()])
+    rows::onto(into, tensor(dx, &[r, cols.len()]))
 }
 
-pub(super) fn linear_wgrad(dy: &Tensor, x: &Tensor, dw: &mut Tensor, cols: Range<usize>) {
-    let ((r, n), k_all) = (dy.rows_cols(), dw.rows_cols().1);
+pub(super) fn linear_wgrad(dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>) {
+    let (r, n_all) = dy.rows_cols();
     let (dy, x) = (dy.f32s(), x.f32s());
-    let dst = &mut f32_mut(dw)[cols.start..];
-    gemm(dst, k_all, Mat::new(&dy, r, n, n).t(), Mat::new(&x, r, cols.len(), cols.len()), true);
+    let mut first = 0;
+    for dw in dw {
+        let (n, k_all) = dw.rows_cols();
+        let dst = &mut f32_mut(dw)[cols.start..];
+        let dy = Mat::new(&dy[first.min(dy.len())..], r, n, n_all).t();
+        gemm(dst, k_all, dy, Mat::new(&x, r, cols.len(), cols.len()), true);
+        first += n;
+    }
 }
 
 /// `dst = a · bᵀ` for row-major matrices, over all threads.

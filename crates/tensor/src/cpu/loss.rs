@@ -11,8 +11,9 @@ use super::gemm::{matmul, matmul_t, matmul_tn_add};
 use super::rows::{f32_rows, gather_values};
 use super::simd::{dot, exp_sum, max, overlap, scale, sum_exp, vectorised};
 use super::{f32_mut, tensor, u32s};
-use crate::kernels::{RowLoss, SoftTargets, TeacherRows, VocabStats};
-use crate::{Device, Tensor};
+use crate::kernels::{RowFigures, RowLoss, SoftTargets, TeacherRows, VocabStats};
+use crate::ops::teacher_chunks;
+use crate::{Device, Later, Tensor};
 
 /// The most logits of one kind that exist at once (16 MiB). Small in this crate's tests, so that they cross chunks.
 const CHUNK_LOGITS: usize = if cfg!(test) { 1 << 10 } else { 1 << 22 };
@@ -86,68 +87,34 @@ fn argmax(row: &[f32], top: f32) -> u32 {
     row.iter().position(|&v| v == top).unwrap_or(0) as u32
 }
 
-/// What the rows of the whole call give, filled chunk by chunk.
-struct Output {
-    cross_entropy: Vec<f32>,
-    acceptance: Vec<f32>,
-    argmax: Vec<u32>,
-    dx: Option<Vec<f32>>,
-}
-
 pub(super) fn soft_target_loss(
     x: &Tensor,
     head: &Tensor,
     targets: &SoftTargets<'_>,
     mut dhead: Option<&mut Tensor>,
 ) -> RowLoss {
-    let ((n_rows, k), vocab) = (x.rows_cols(), head.rows_cols().0);
+    let (k, vocab) = (x.rows_cols().1, head.rows_cols().0);
     let shape = x.shape();
     let (x, head) = (x.f32s(), head.f32s());
     let source = Source::new(targets.teacher);
-    let mut out = Output {
-        cross_entropy: Vec::with_capacity(n_rows),
-        acceptance: Vec::with_capacity(n_rows),
-        argmax: Vec::with_capacity(n_rows),
-        dx: targets.wants_dx.then(|| vec![0.0; x.len()]),
-    };
+    let mut figures = RowFigures::default();
+    let mut dx = targets.wants_dx.then(|| vec![0.0; x.len()]);
     let mut logits = Vec::new();
-    for rows in chunks(u32s(targets.teacher_row), (CHUNK_LOGITS / vocab.max(1)).max(1)) {
+    for rows in teacher_chunks(u32s(targets.teacher_row), (CHUNK_LOGITS / vocab.max(1)).max(1)) {
         let n = rows.len();
         let x = &x[rows.start * k..rows.end * k];
         let teacher = Teacher::new(&source, targets, &rows, vocab);
         logits.resize(n * vocab, 0.0);
         matmul_t(&mut logits, (x, n), (&head, vocab), k);
-        chunk_loss(&mut logits, &teacher, &rows, targets, &mut out);
-        if let Some(dx) = &mut out.dx {
+        chunk_loss(&mut logits, &teacher, &rows, targets, &mut figures);
+        if let Some(dx) = &mut dx {
             matmul(&mut dx[rows.start * k..rows.end * k], (&logits, n), (&head, vocab), k);
         }
         if let Some(dhead) = dhead.as_deref_mut() {
             matmul_tn_add(f32_mut(dhead), (&logits, vocab), x, n, k);
         }
     }
-    let column = |values: Vec<f32>| tensor(values, &[n_rows]);
-    RowLoss {
-        cross_entropy: column(out.cross_entropy),
-        acceptance: column(out.acceptance),
-        argmax: Tensor::from_u32(Device::Cpu, out.argmax),
-        dx: out.dx.map(|dx| tensor(dx, shape)),
-    }
-}
-
-/// Ranges of draft rows, at most `limit` long where a single teacher row allows it, never splitting the rows of a
-/// teacher row.
-fn chunks(teacher_row: &[u32], limit: usize) -> Vec<Range<usize>> {
-    let mut chunks: Vec<Range<usize>> = Vec::new();
-    let mut start = 0;
-    while start < teacher_row.len() {
-        let same = teacher_row[start..].iter().take_while(|&&t| t == teacher_row[start]).count();
-        match chunks.last_mut() {
-            Some(last) if last.len() + same <= limit => last.end += same,
-            _ => chunks.push(start..start + same),
-        }
-        start += same;
-    }
-    chunks
+    RowLoss { figures: Later::ready(figures), dx: dx.map(|dx| tensor(dx, shape)) }
 }
 
 /// Loss of one chunk; its logits become the gradient of the objective with respect to them.
@@ -156,7 +123,7 @@ fn chunk_loss(
     teacher: &Teacher,
     rows: &Range<usize>,
     targets: &SoftTargets<'_>,
-    out: &mut Output,
+    out: &mut RowFigures,
 ) {
     let teacher_row = &u32s(targets.teacher_row)[rows.clone()];
     let (ce_weight, acceptance_weight) = (targets.ce_weight.f32s(), targets.acceptance_weight.f32s());
@@ -164,7 +131,7 @@ fn chunk_loss(
         let weights = (ce_weight[rows.start + i], acceptance_weight[rows.start + i]);
         row_loss(row, teacher.row(teacher_row[i]), weights, targets.log_acceptance)
     };
-    let figures: Vec<RowFigures> = logits.par_chunks_mut(teacher.vocab).enumerate().map(row).collect();
+    let figures: Vec<OneRow> = logits.par_chunks_mut(teacher.vocab).enumerate().map(row).collect();
     for f in figures {
         out.cross_entropy.push(f.cross_entropy);
         out.acceptance.push(f.acceptance);
@@ -172,7 +139,7 @@ fn chunk_loss(
     }
 }
 
-struct RowFigures {
+struct OneRow {
     cross_entropy: f32,
     acceptance: f32,
     argmax: u32,
@@ -183,7 +150,7 @@ struct RowFigures {
 /// With q the draft's and P the teacher's distribution over the draft vocabulary, and c the share of the teacher's
 /// whole probability that P covers: `dCE/dz = q - P`; acceptance `a = Σ min(c P, q)`,
 /// `da/dz_j = q_j ([q_j < c P_j] - Σ_v [q_v < c P_v] q_v)`.
-fn row_loss(row: &mut [f32], (p, share): (&[f32], f32), (a, b): (f32, f32), log: bool) -> RowFigures {
+fn row_loss(row: &mut [f32], (p, share): (&[f32], f32), (a, b): (f32, f32), log: bool) -> OneRow {
     let top = max(row);
     let best = argmax(row, top);
     let expected = dot(p, row);
@@ -201,7 +168,7 @@ fn row_loss(row: &mut [f32], (p, share): (&[f32], f32), (a, b): (f32, f32), log:
             *q = a * (*q - p) + b * *q * (indicator - below);
         }
     });
-    RowFigures { cross_entropy: top + sum.ln() - expected, acceptance, argmax: best }
+    OneRow { cross_entropy: top + sum.ln() - expected, acceptance, argmax: best }
 }
 
 /// Where the teacher's logits come from, with a head that is widened once for all chunks.

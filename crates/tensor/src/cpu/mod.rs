@@ -14,13 +14,33 @@ mod swiglu;
 
 use std::ops::Range;
 
-use crate::kernels::{AdamStep, AttentionShape, Extra, Kernels, RowLoss, SoftTargets, Spans, VocabStats};
+use rayon::prelude::*;
+
+use crate::kernels::{
+    AdamStep, AdamTensor, AddedRows, AttentionInputs, Kernels, Rotation, RowLoss, SoftTargets, VocabStats,
+};
 use crate::tensor::Buffer;
-use crate::{Device, Tensor};
+use crate::{DType, Device, Later, Result, Tensor};
 
 /// The host processor.
 #[derive(Debug)]
 pub(crate) struct Cpu;
+
+/// Normal values by a counter (splitmix64, Box-Muller).
+pub(crate) fn normals(n: usize, std: f32, seed: u64) -> Vec<f32> {
+    let mix = |mut x: u64| {
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    };
+    let normal = |i: usize| {
+        let bits = mix(seed.wrapping_add(i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let (a, b) = ((bits >> 40) as f32, (bits & 0xff_ffff) as f32);
+        let unit = |x: f32| (x + 0.5) / (1u32 << 24) as f32;
+        std * (-2.0 * unit(a).ln()).sqrt() * (std::f32::consts::TAU * unit(b)).cos()
+    };
+    (0..n).into_par_iter().map(normal).collect()
+}
 
 /// A float32 tensor of this shape over `values`.
 fn tensor(values: Vec<f32>, shape: &[usize]) -> Tensor {
@@ -41,20 +61,35 @@ fn u32s(t: &Tensor) -> &[u32] {
 }
 
 impl Kernels for Cpu {
-    fn linear(&self, x: &Tensor, w: &Tensor, cols: Range<usize>, bias: Option<&Tensor>) -> Tensor {
-        gemm::linear(x, w, cols, bias)
+    fn linear(
+        &self,
+        x: &Tensor,
+        w: &[&Tensor],
+        cols: Range<usize>,
+        bias: &[&Tensor],
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        Ok(gemm::linear(x, w, cols, bias, residual))
     }
-    fn linear_dgrad(&self, dy: &Tensor, w: &Tensor, cols: Range<usize>) -> Tensor {
-        gemm::linear_dgrad(dy, w, cols)
+    fn linear_dgrad(
+        &self,
+        dy: &Tensor,
+        w: &[&Tensor],
+        cols: Range<usize>,
+        into: Option<Tensor>,
+    ) -> Result<Tensor> {
+        Ok(gemm::linear_dgrad(dy, w, cols, into))
     }
-    fn linear_wgrad(&self, dy: &Tensor, x: &Tensor, dw: &mut Tensor, cols: Range<usize>) {
+    fn linear_wgrad(&self, dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>) -> Result<()> {
         gemm::linear_wgrad(dy, x, dw, cols);
+        Ok(())
     }
-    fn bias_grad(&self, dy: &Tensor, db: &mut Tensor) {
+    fn bias_grad(&self, dy: &Tensor, db: &mut [Tensor]) -> Result<()> {
         rows::bias_grad(dy, db);
+        Ok(())
     }
-    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> (Tensor, Tensor) {
-        norm::forward(x, w, eps)
+    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
+        Ok(norm::forward(x, w, eps))
     }
     fn rms_norm_backward(
         &self,
@@ -63,69 +98,69 @@ impl Kernels for Cpu {
         w: &Tensor,
         rstd: &Tensor,
         dw: Option<&mut Tensor>,
-    ) -> Tensor {
-        norm::backward(dy, x, w, rstd, dw)
+        into: Option<Tensor>,
+    ) -> Result<Tensor> {
+        Ok(norm::backward(dy, x, w, rstd, dw, into))
     }
-    fn rope(
-        &self,
-        x: &Tensor,
-        head_dim: usize,
-        tables: (&Tensor, &Tensor),
-        positions: &Tensor,
-        inverse: bool,
-    ) -> Tensor {
-        rope::rotate(x, head_dim, tables, positions, inverse)
+    fn rope(&self, x: &Tensor, rotation: &Rotation<'_>, added: Option<AddedRows<'_>>) -> Result<Tensor> {
+        Ok(rope::forward(x, rotation, added))
     }
-    fn attention(
+    fn rope_backward(
         &self,
-        shape: AttentionShape,
-        qkv: [&Tensor; 3],
-        spans: &Spans,
-        extras: &[Extra<'_>],
-    ) -> (Tensor, Tensor) {
-        attention::forward(shape, qkv, spans, extras)
+        dy: &Tensor,
+        rotation: &Rotation<'_>,
+        added: Option<(&mut Tensor, usize, &Tensor)>,
+    ) -> Result<Tensor> {
+        Ok(rope::backward(dy, rotation, added))
+    }
+    fn attention(&self, inputs: &AttentionInputs<'_>) -> Result<(Tensor, Tensor)> {
+        Ok(attention::forward(inputs))
     }
     fn attention_backward(
         &self,
-        shape: AttentionShape,
-        qkv: [&Tensor; 3],
-        spans: &Spans,
-        extras: &[Extra<'_>],
+        inputs: &AttentionInputs<'_>,
         out: [&Tensor; 3],
-    ) -> ([Tensor; 3], Vec<[Tensor; 2]>) {
-        attention_backward::backward(shape, qkv, spans, extras, out)
+    ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)> {
+        Ok(attention_backward::backward(inputs, out))
     }
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
-        swiglu::forward(gate, up)
+    fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
+        Ok(swiglu::forward(gate_up))
     }
-    fn swiglu_backward(&self, dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2] {
-        swiglu::backward(dy, gate, up)
+    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
+        Ok(swiglu::backward(dy, gate_up))
     }
-    fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let mut y = tensor(a.to_f32(), a.shape());
         rows::add_assign(&mut y, b);
-        y
+        Ok(y)
     }
-    fn add_assign(&self, dst: &mut Tensor, src: &Tensor) {
+    fn add_assign(&self, dst: &mut Tensor, src: &Tensor) -> Result<()> {
         rows::add_assign(dst, src);
+        Ok(())
     }
-    fn gather_rows(&self, x: &Tensor, index: &Tensor) -> Tensor {
-        rows::gather(x, index)
+    fn gather_rows(&self, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+        Ok(rows::gather(x, index))
     }
-    fn scatter_add_rows(&self, dst: &mut Tensor, index: &Tensor, src: &Tensor) {
+    fn scatter_add_rows(&self, dst: &mut Tensor, index: &Tensor, src: &Tensor) -> Result<()> {
         rows::scatter_add(dst, index, src);
+        Ok(())
     }
-    fn columns(&self, x: &Tensor, cols: Range<usize>) -> Tensor {
-        rows::columns(x, cols)
+    fn copy_rows(&self, dst: &mut Tensor, to: &Tensor, src: &Tensor, from: &Tensor) -> Result<()> {
+        rows::copy_rows(dst, to, src, from);
+        Ok(())
     }
-    fn add_columns(&self, dst: &mut Tensor, cols: Range<usize>, src: &Tensor) {
+    fn columns(&self, x: &Tensor, cols: Range<usize>) -> Result<Tensor> {
+        Ok(rows::columns(x, cols))
+    }
+    fn add_columns(&self, dst: &mut Tensor, cols: Range<usize>, src: &Tensor) -> Result<()> {
         rows::add_columns(dst, cols, src);
+        Ok(())
     }
-    fn vocab_stats(&self, hidden: &Tensor, head: &Tensor) -> VocabStats {
-        loss::vocab_stats(hidden, head)
+    fn vocab_stats(&self, hidden: &Tensor, head: &Tensor) -> Result<VocabStats> {
+        Ok(loss::vocab_stats(hidden, head))
     }
-    fn logit_stats(&self, logits: &Tensor) -> VocabStats {
-        loss::logit_stats(logits)
+    fn logit_stats(&self, logits: &Tensor) -> Result<VocabStats> {
+        Ok(loss::logit_stats(logits))
     }
     fn soft_target_loss(
         &self,
@@ -133,20 +168,25 @@ impl Kernels for Cpu {
         head: &Tensor,
         targets: &SoftTargets<'_>,
         dhead: Option<&mut Tensor>,
-    ) -> RowLoss {
-        loss::soft_target_loss(x, head, targets, dhead)
+    ) -> Result<RowLoss> {
+        Ok(loss::soft_target_loss(x, head, targets, dhead))
     }
-    fn adam_step(
-        &self,
-        param: &mut Tensor,
-        master: Option<&mut Tensor>,
-        moments: [&mut Tensor; 2],
-        grad: &Tensor,
-        step: AdamStep,
-    ) {
-        adam::step(param, master, moments, grad, step);
+    fn remainder(&self, param: &Tensor) -> Result<Option<Tensor>> {
+        match param.dtype() {
+            DType::F32 => Ok(None),
+            stored => Ok(Some(adam::split_master(&param.cast(DType::F32)?, stored)?[1].clone())),
+        }
     }
-    fn sum_squares(&self, x: &Tensor) -> f64 {
-        adam::sum_squares(x)
+    fn master(&self, param: &Tensor, remainder: &Tensor) -> Result<Tensor> {
+        Ok(adam::master(param, remainder))
+    }
+    fn split_master(&self, master: &Tensor, like: DType) -> Result<[Tensor; 2]> {
+        adam::split_master(master, like)
+    }
+    fn adamw(&self, tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>> {
+        Ok(Later::ready(adam::step(tensors, step)?))
+    }
+    fn all_finite(&self, x: &Tensor) -> Result<Later<bool>> {
+        Ok(Later::ready(x.f32s().iter().all(|v| v.is_finite())))
     }
 }

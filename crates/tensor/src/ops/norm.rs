@@ -23,7 +23,7 @@ impl Tape<'_> {
             let expected = format!("[D] with D above 0 that divides the row width {width}");
             return Err(Error::shape("rms_norm", "weight", expected, weight.shape()));
         }
-        let (y, rstd) = x.value().device().kernels().rms_norm(x.value(), &weight, eps);
+        let (y, rstd) = x.value().device().kernels().rms_norm(x.value(), &weight, eps)?;
         let needed = self.any_needed(&[x]) || self.is_trained(id);
         Ok(self.record(y, needed, || Box::new(RmsNorm { x: x.clone(), id, weight, rstd })))
     }
@@ -31,10 +31,12 @@ impl Tape<'_> {
 
 impl Backward for RmsNorm {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        let kernels = dy.device().kernels();
-        let dx =
-            kernels.rms_norm_backward(&dy, self.x.value(), &self.weight, &self.rstd, sink.param(self.id));
-        sink.add(&self.x, dx);
+        let (kernels, x) = (dy.device().kernels(), self.x.value());
+        let into = sink.take(&self.x);
+        let dx = sink.with_param(self.id, |dw| {
+            kernels.rms_norm_backward(&dy, x, &self.weight, &self.rstd, dw, into)
+        })?;
+        sink.put(&self.x, dx);
         Ok(())
     }
 }

@@ -70,8 +70,7 @@ fn check(name: &str, op: &Op) {
             let mut all = inputs.clone();
             all[i] = matrix(x.iter().map(|&v| v as f32).collect(), input.shape());
             let params = all.split_off(op.leaves.len());
-            let (params, ids) =
-                Op { params, leaves: vec![], forward: Box::new(|_, v, _| Ok(v[0].clone())) }.declared();
+            let (params, ids) = Op { params, leaves: vec![], ..op.clone() }.declared();
             let tape = crate::Tape::inference(&params);
             let leaves: Vec<_> = all.into_iter().map(|t| tape.input(t)).collect();
             total((op.forward)(&tape, &leaves, &ids).unwrap().value())

@@ -5,42 +5,53 @@ use specforge_testkit::{Lcg, assert_close};
 use super::finite_difference::{Step, compare};
 use super::{bits, matrix};
 use crate::{
-    DType, Device, GroupLoss, LossRows, Objective, Params, Result, SoftTargetLoss, Tape, Teacher, Tensor,
+    DType, Device, GroupLoss, LossFigures, LossRows, Objective, Params, Result, SoftTargetLoss, Tape,
+    Teacher, Tensor,
 };
 
-const OBJECTIVES: [Objective; 3] =
+pub(crate) const OBJECTIVES: [Objective; 3] =
     [Objective::Kl, Objective::LkAlpha, Objective::LkLambda { kl_scale: 0.9, kl_decay: 2.0 }];
 
 /// Everything one loss reads.
 #[derive(Clone)]
-pub(super) struct Case {
-    pub(super) x: Tensor,
-    pub(super) head: Tensor,
+pub(crate) struct Case {
+    pub(crate) x: Tensor,
+    pub(crate) head: Tensor,
     /// The target's last hidden states and the rows of its head that the draft keeps.
-    pub(super) hidden: Tensor,
-    pub(super) teacher_head: Tensor,
-    pub(super) logsumexp: Tensor,
+    pub(crate) hidden: Tensor,
+    pub(crate) teacher_head: Tensor,
+    pub(crate) logsumexp: Tensor,
     /// Logits over the draft vocabulary, to be used instead of `hidden` and `teacher_head`.
-    pub(super) logits: Option<Tensor>,
-    pub(super) rows: LossRows,
-    pub(super) objective: Objective,
-    pub(super) group_weight: Vec<f64>,
-    trained: (bool, bool),
+    pub(crate) logits: Option<Tensor>,
+    pub(crate) rows: LossRows,
+    pub(crate) objective: Objective,
+    pub(crate) group_weight: Vec<f64>,
+    /// Whether gradients are wanted for draft rows and head.
+    pub(crate) trained: (bool, bool),
 }
 
 /// What a run gives: groups, best tokens, and the gradients of draft rows and head.
-struct Outcome {
-    groups: Vec<GroupLoss>,
-    argmax: Vec<u32>,
-    dx: Option<Tensor>,
-    dhead: Option<Tensor>,
+pub(crate) struct Outcome {
+    pub(crate) groups: Vec<GroupLoss>,
+    pub(crate) argmax: Vec<u32>,
+    pub(crate) dx: Option<Tensor>,
+    pub(crate) dhead: Option<Tensor>,
 }
 
 impl Case {
     /// `n` draft rows in three groups against a target of `vocab` tokens, of which the draft keeps every `keep`-th.
-    pub(super) fn new(n: usize, width: usize, vocab: usize, keep: usize, objective: Objective) -> Self {
+    pub(crate) fn new(n: usize, width: usize, vocab: usize, keep: usize, objective: Objective) -> Self {
         let mut rng = Lcg::new(31);
-        let mut half = |shape: &[usize]| matrix(rng.normals(shape.iter().product(), 0.5), shape);
+        Self::of([n, width, vocab, keep], objective, |n| rng.normals(n, 0.5))
+    }
+
+    /// As [`Case::new`], of numbers that are drawn elsewhere.
+    pub(crate) fn of(
+        [n, width, vocab, keep]: [usize; 4],
+        objective: Objective,
+        mut draw: impl FnMut(usize) -> Vec<f32>,
+    ) -> Self {
+        let mut half = |shape: &[usize]| matrix(draw(shape.iter().product()), shape);
         let draft_vocab = vocab.div_ceil(keep);
         let (x, head) = (half(&[n, width]), half(&[draft_vocab, width]));
         // The second teacher row is read by more draft rows than a chunk takes; the third by none.
@@ -49,7 +60,7 @@ impl Case {
         let n_teacher = teacher_row.last().map_or(0, |last| *last as usize + 2);
         let (hidden, whole_head) = (half(&[n_teacher, 12]), half(&[vocab, 12]));
         let kept = Tensor::from_u32(Device::Cpu, (0..vocab as u32).step_by(keep).collect());
-        let teacher_head = Device::Cpu.kernels().gather_rows(&whole_head, &kept);
+        let teacher_head = Device::Cpu.kernels().gather_rows(&whole_head, &kept).unwrap();
         let logsumexp = Tape::vocab_stats(&hidden, &whole_head).unwrap().logsumexp;
         let weight = (0..n).map(|i| if i % 6 == 5 { 0.0 } else { 0.25 + (i % 4) as f32 }).collect();
         let rows = LossRows {
@@ -75,19 +86,20 @@ impl Case {
     }
 
     /// The same distributions, given as logits.
-    fn with_logits(self) -> Self {
+    pub(crate) fn with_logits(self) -> Self {
         let (n, vocab) = (self.hidden.rows_cols().0, self.head.rows_cols().0);
-        let logits = Device::Cpu.kernels().linear(&self.hidden, &self.teacher_head, 0..12, None);
+        let logits =
+            Device::Cpu.kernels().linear(&self.hidden, &[&self.teacher_head], 0..12, &[], None).unwrap();
         assert_eq!(logits.shape(), [n, vocab]);
         Self { logits: Some(logits), ..self }
     }
 
-    fn run(&self) -> Result<Outcome> {
+    pub(crate) fn run(&self) -> Result<Outcome> {
         let mut params = Params::new();
         let head = params.add("head", self.head.clone(), self.trained.1);
         let tape = Tape::recording(&params);
         let x = if self.trained.0 { tape.leaf(self.x.clone()) } else { tape.input(self.x.clone()) };
-        let stats = tape.soft_target_loss(&SoftTargetLoss {
+        let figures = tape.soft_target_loss(&SoftTargetLoss {
             x: &x,
             head,
             teacher: self
@@ -103,18 +115,19 @@ impl Case {
         let leaves = if self.trained.0 { vec![x] } else { vec![] };
         let (grads, dx) = tape.backward_to(seeds, &leaves)?;
         let dhead = grads.get(head).cloned();
-        Ok(Outcome { groups: stats.groups(), argmax: stats.argmax(), dx: dx.into_iter().next(), dhead })
+        let LossFigures { groups, argmax } = figures.wait()?;
+        Ok(Outcome { groups, argmax, dx: dx.into_iter().next(), dhead })
     }
 
     /// All numbers of a run, as bits.
-    pub(super) fn bits(&self) -> Vec<Vec<u32>> {
+    pub(crate) fn bits(&self) -> Vec<Vec<u32>> {
         let run = self.run().unwrap();
         let groups = run.groups.iter().flat_map(|g| [g.loss, g.acceptance]).map(f64::to_bits);
         let groups = groups.flat_map(|b| [b as u32, (b >> 32) as u32]).collect();
         vec![groups, run.argmax, bits(&run.dx.unwrap()), bits(&run.dhead.unwrap())]
     }
 
-    pub(super) fn error(&self) -> String {
+    pub(crate) fn error(&self) -> String {
         self.run().map(|_| ()).unwrap_err().to_string()
     }
 }

@@ -3,12 +3,12 @@
 use super::loss::Case;
 use super::{heads, matrix, rows};
 use crate::{
-    Attention, AttentionShape, Collected, DType, Device, KeyValue, Objective, Params, Result, Spans, Tape,
-    Tensor, Var, Weight,
+    Attention, AttentionShape, Collected, DType, Device, KeyValue, Objective, Params, Part, Result, Rope,
+    Spans, Tape, Tensor, Var, Weight,
 };
 
 fn zeros(shape: &[usize]) -> Tensor {
-    Tensor::zeros(Device::Cpu, shape)
+    Tensor::zeros(Device::Cpu, shape).unwrap()
 }
 
 fn check(result: Result<Var>, message: &str) {
@@ -21,20 +21,20 @@ fn wrong_operands_are_named() {
     let w = params.add("w", zeros(&[4, 6]), true);
     let b = params.add("b", zeros(&[5]), true);
     let empty = params.add("empty", zeros(&[0]), true);
+    let (narrow, four) = (params.add("narrow", zeros(&[3, 5]), true), params.add("four", zeros(&[4]), true));
     let tape = Tape::recording(&params);
     let x = |shape: &[usize]| tape.input(zeros(shape));
-    let tables = (zeros(&[9, 4]), zeros(&[9, 3]));
-    check(tape.linear(&x(&[2, 5]), Weight::of(w)), "linear: input has shape [2, 5], expected [.., 6]");
+    check(tape.linear(&x(&[2, 5]), &Weight::of(w)), "linear: input has shape [2, 5], expected [.., 6]");
     check(
-        tape.linear(&x(&[2, 6]), Weight::of(w).with_bias(Some(b))),
+        tape.linear(&x(&[2, 6]), &Weight::of(w).with_bias(Some(b))),
         "linear: bias has shape [5], expected [4]",
     );
     check(
-        tape.linear(&x(&[2, 4]), Weight::of(w).columns(4..8)),
+        tape.linear(&x(&[2, 4]), &Weight::of(w).columns(4..8)),
         "linear: weight has shape [4, 6], expected [.., 8]",
     );
     check(
-        tape.linear(&x(&[2, 3]), Weight::of(w).columns(2..4)),
+        tape.linear(&x(&[2, 3]), &Weight::of(w).columns(2..4)),
         "linear: input has shape [2, 3], expected [.., 2]",
     );
     check(
@@ -46,25 +46,51 @@ fn wrong_operands_are_named() {
         "rms_norm: weight has shape [0], expected [D] with D above 0 that divides the row width 0",
     );
     check(
-        tape.rope(&x(&[2, 12]), 8, (&tables.0, &tables.0), &rows([0, 1])),
-        "rope: input has shape [2, 12], expected [R, heads * 8] and tables of at most 4 columns",
+        tape.linear(&x(&[2, 6]), &Weight::stacked(&[&Weight::of(w), &Weight::of(narrow)])),
+        "linear: weight has shape [3, 5], expected [.., 6]",
+    );
+    let both = [Weight::of(w).with_bias(Some(four)), Weight::of(w).with_bias(Some(b))];
+    check(
+        tape.linear(&x(&[2, 6]), &Weight::stacked(&[&both[0], &both[1]])),
+        "linear: bias has shape [5], expected [4]",
     );
     check(
-        tape.rope(&x(&[2, 12]), 6, (&tables.0, &tables.0), &rows([0, 1])),
-        "rope: input has shape [2, 12], expected [R, heads * 6] and tables of at most 3 columns",
+        tape.linear_add(&x(&[2, 6]), &Weight::of(w), &x(&[2, 5])),
+        "linear: residual has shape [2, 5], expected [2, 4]",
+    );
+}
+
+#[test]
+fn wrong_rotations_are_named() {
+    let params = Params::new();
+    let tape = Tape::recording(&params);
+    let x = |shape: &[usize]| tape.input(zeros(shape));
+    let rope = |n_heads: usize, head_dim: usize, sin: usize, positions: Vec<u32>| {
+        let (cos, sin, positions) = (zeros(&[9, 4]), zeros(&[9, sin]), rows(positions));
+        Rope { n_heads, head_dim, cos, sin, positions }
+    };
+    check(
+        tape.rope(&x(&[2, 12]), &rope(2, 8, 4, vec![0, 1])),
+        "rope: input has shape [2, 12], expected [R, 2 * 8 or more] and tables of at most 4 columns",
     );
     check(
-        tape.rope(&x(&[2, 8]), 8, (&tables.0, &tables.1), &rows([0, 1])),
-        "rope: sin has shape [9, 3], expected [9, 4]",
+        tape.rope(&x(&[2, 12]), &rope(2, 6, 4, vec![0, 1])),
+        "rope: input has shape [2, 12], expected [R, 2 * 6 or more] and tables of at most 3 columns",
     );
+    check(tape.rope(&x(&[2, 8]), &rope(1, 8, 3, vec![0, 1])), "rope: sin has shape [9, 3], expected [9, 4]");
+    check(tape.rope(&x(&[2, 8]), &rope(1, 8, 4, vec![0])), "rope: positions has shape [1], expected [2]");
     check(
-        tape.rope(&x(&[2, 8]), 8, (&tables.0, &tables.0), &rows([0])),
-        "rope: positions has shape [1], expected [2]",
-    );
-    check(
-        tape.rope(&x(&[2, 8]), 8, (&tables.0, &tables.0), &rows([0, 9])),
+        tape.rope(&x(&[2, 8]), &rope(1, 8, 4, vec![0, 9])),
         "rope: index 9 is outside the 9 rows of the cos table",
     );
+    let added = |table: &[usize], first: usize, index: Tensor| {
+        tape.rope_added(&x(&[2, 8]), &rope(1, 8, 4, vec![0, 1]), &Part::new(&x(table), first), &index)
+    };
+    check(added(&[3, 7], 0, rows([0, 1])), "rope: table has shape [3, 7], expected [.., 8 or more]");
+    check(added(&[3, 9], 2, rows([0, 1])), "rope: table has shape [3, 9], expected [.., 10 or more]");
+    check(added(&[3, 8], 0, rows([0])), "rope: index has shape [1], expected [2]");
+    check(added(&[3, 8], 0, rows([0, 3])), "rope: index 3 is outside the 3 rows of the table");
+    check(added(&[3, 8], 0, zeros(&[2])), "rope: the table is F32, expected U32");
 }
 
 #[test]
@@ -74,7 +100,7 @@ fn wrong_rows_are_named() {
     let tape = Tape::recording(&params);
     let x = |shape: &[usize]| tape.input(zeros(shape));
     let part = |from: Tensor, to: Tensor| vec![Collected { source: x(&[3, 6]), from, to }];
-    check(tape.swiglu(&x(&[2, 8]), &x(&[2, 7])), "swiglu: up has shape [2, 7], expected [2, 8]");
+    check(tape.swiglu(&x(&[2, 7])), "swiglu: gate and up has shape [2, 7], expected [R, 2 I]");
     check(tape.add(&x(&[2, 8]), &x(&[3, 8])), "add: right side has shape [3, 8], expected [2, 8]");
     check(
         tape.embedding(w, &rows([0, 4])),
@@ -88,15 +114,6 @@ fn wrong_rows_are_named() {
     check(
         tape.gather_rows(&x(&[3, 2]), &rows([3])),
         "gather_rows: index 3 is outside the 3 rows of the input",
-    );
-    check(
-        tape.add_rows(&x(&[2, 6]), &x(&[3, 5]), &rows([0, 1])),
-        "add_rows: table has shape [3, 5], expected [.., 6]",
-    );
-    check(tape.add_rows(&x(&[2, 6]), &x(&[3, 6]), &rows([0])), "add_rows: index has shape [1], expected [2]");
-    check(
-        tape.add_rows(&x(&[2, 6]), &x(&[3, 6]), &rows([0, 3])),
-        "add_rows: index 3 is outside the 3 rows of the table",
     );
     check(tape.columns(&x(&[2, 6]), 3..7), "columns: input has shape [2, 6], expected at least 7 columns");
     check(
@@ -118,6 +135,7 @@ fn wrong_attentions_are_named() {
     struct Call {
         shape: AttentionShape,
         query: [usize; 2],
+        first: usize,
         key: [usize; 2],
         value: [usize; 2],
         lo: Tensor,
@@ -127,6 +145,7 @@ fn wrong_attentions_are_named() {
     let right = || Call {
         shape: heads(4, 2, 3),
         query: [2, 12],
+        first: 0,
         key: [5, 6],
         value: [5, 6],
         lo: rows([0, 1]),
@@ -137,11 +156,11 @@ fn wrong_attentions_are_named() {
         let params = Params::new();
         let tape = Tape::recording(&params);
         let x = |shape: [usize; 2]| tape.input(zeros(&shape));
-        let extras = [(KeyValue { key: x(call.extra.0), value: x(call.extra.1) }, call.extra.2)];
+        let extras = [(KeyValue::new(&x(call.extra.0), &x(call.extra.1)), call.extra.2)];
         let result = tape.attention(&Attention {
             shape: call.shape,
-            query: &x(call.query),
-            base: &KeyValue { key: x(call.key), value: x(call.value) },
+            query: Part::new(&x(call.query), call.first),
+            base: &KeyValue::new(&x(call.key), &x(call.value)),
             spans: &Spans { lo: call.lo, hi: call.hi },
             extras: &extras,
         });
@@ -157,18 +176,19 @@ fn wrong_attentions_are_named() {
         Call { shape: heads(4, 0, 3), ..right() },
         "heads has shape [4, 0], expected a multiple of the key heads",
     );
-    check(Call { query: [2, 11], ..right() }, "query has shape [2, 11], expected [2, 12]");
-    check(Call { key: [5, 7], ..right() }, "key has shape [5, 7], expected [5, 6]");
-    check(Call { value: [4, 6], ..right() }, "value has shape [4, 6], expected [5, 6]");
+    check(Call { query: [2, 11], ..right() }, "query has shape [2, 11], expected [.., 12 or more]");
+    check(Call { first: 3, ..right() }, "query has shape [2, 12], expected [.., 15 or more]");
+    check(Call { key: [5, 5], ..right() }, "key has shape [5, 5], expected [.., 6 or more]");
+    check(Call { value: [4, 6], ..right() }, "value has shape [4, 6], expected [5, ..]");
     check(Call { lo: rows([0]), ..right() }, "span starts has shape [1], expected [2]");
     check(Call { hi: rows([0, 1, 2]), ..right() }, "span ends has shape [3], expected [2]");
     check(Call { lo: zeros(&[2]), ..right() }, "the keys and their end is F32, expected U32");
     check(Call { lo: rows([6, 0]), ..right() }, "index 6 is outside the 6 rows of the keys and their end");
     check(Call { hi: rows([1, 6]), ..right() }, "index 6 is outside the 6 rows of the keys and their end");
     let extra = |key, value, index| Call { extra: (key, value, index), ..right() };
-    check(extra([2, 5], [2, 6], None), "extra key has shape [2, 5], expected [2, 6]");
-    check(extra([2, 6], [1, 6], None), "extra value has shape [1, 6], expected [2, 6]");
-    check(extra([3, 6], [3, 6], None), "extra key has shape [3, 6], expected [2, 6]");
+    check(extra([2, 5], [2, 6], None), "extra key has shape [2, 5], expected [.., 6 or more]");
+    check(extra([2, 6], [1, 6], None), "extra value has shape [1, 6], expected [2, ..]");
+    check(extra([3, 6], [3, 6], None), "extra key has shape [3, 6], expected [2, ..]");
     check(extra([3, 6], [3, 6], Some(rows([0]))), "extra index has shape [1], expected [2]");
     check(extra([3, 6], [3, 6], Some(rows([0, 3]))), "index 3 is outside the 3 rows of the extra keys");
 }
@@ -229,7 +249,7 @@ fn wrong_tensors_are_named() {
     );
     assert_eq!(
         Device::from_name("gpu9").unwrap_err().to_string(),
-        "device \"gpu9\" is not known: use \"cpu\""
+        "device \"gpu9\" is not known: use \"auto\", \"cpu\", \"cuda\" or \"cuda:N\""
     );
 }
 

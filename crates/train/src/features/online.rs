@@ -8,7 +8,7 @@ use specforge_data::Prepared;
 use specforge_methods::Batch;
 use specforge_models::{Capture, Target};
 use specforge_store::{Values, Writer};
-use specforge_tensor::{DType, Device, Params, Tape, Tensor};
+use specforge_tensor::{DType, Params, Tape, Tensor};
 
 use super::{FeatureSource, NOT_COMPUTED, RowFeatures, assemble, teacher_is_read};
 use crate::{Error, Result};
@@ -31,8 +31,9 @@ impl Online {
     pub fn row(&self, row: usize) -> Result<RowFeatures> {
         let content = self.data.row(row);
         let captured = self.target.forward(&[content.ids], &self.capture)?;
+        let device = self.target.device();
         let last_hidden =
-            captured.last_hidden.map_or_else(|| Tensor::from_f32(Device::Cpu, vec![], &[0, 0]), Ok)?;
+            captured.last_hidden.map_or_else(|| Tensor::from_f32(device, vec![], &[0, 0]), Ok)?;
         expect_finite(row, &captured.hidden_states)?;
         expect_finite(row, &last_hidden)?;
         let last_hidden = last_hidden.cast(self.dtype)?;
@@ -57,8 +58,8 @@ impl Online {
         let rows = tape.gather_rows(&tape.input(last_hidden.clone()), &index)?;
         let stats = Tape::vocab_stats(rows.value(), self.target.head())?;
         let (mut argmax, mut logsumexp) = (vec![NOT_COMPUTED; loss_mask.len()], vec![0.0; loss_mask.len()]);
-        let best = stats.argmax.u32s().unwrap_or_default();
-        for ((&t, &best), &lse) in read.iter().zip(best).zip(stats.logsumexp.f32s().iter()) {
+        let best = stats.argmax.to_u32();
+        for ((&t, &best), &lse) in read.iter().zip(&best).zip(stats.logsumexp.f32s().iter()) {
             argmax[t as usize] = best;
             logsumexp[t as usize] = lse;
         }
@@ -79,7 +80,7 @@ impl FeatureSource for Online {
 
 /// A target with damaged weights must not train a draft, nor fill a store.
 fn expect_finite(row: usize, states: &Tensor) -> Result<()> {
-    if states.f32s().iter().all(|v| v.is_finite()) {
+    if states.device().kernels().all_finite(states)?.wait()? {
         return Ok(());
     }
     let reason = "the target's hidden states are not finite (NaN or infinity): its weights are damaged, or their type \

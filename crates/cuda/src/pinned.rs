@@ -1,0 +1,142 @@
+//! Copies between host and device through pinned memory: uploads that nobody waits for, and results that are read
+//! when they have arrived.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::result;
+
+use crate::error::Called;
+use crate::{Event, Gpu, Memory, Result};
+
+/// Pinned host memory.
+#[derive(Debug)]
+struct Pinned {
+    pointer: *mut c_void,
+    bytes: usize,
+}
+
+// SAFETY: plain memory; whoever holds the value has it alone.
+unsafe impl Send for Pinned {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    fn new(bytes: usize) -> Result<Self> {
+        // SAFETY: the context is current; the memory is freed in `drop`.
+        let pointer = unsafe { result::malloc_host(bytes.max(1), 0) }.called("cuMemHostAlloc")?;
+        Ok(Self { pointer, bytes })
+    }
+
+    fn as_slice(&self, bytes: usize) -> &[u8] {
+        assert!(bytes <= self.bytes, "{bytes} of {} bytes", self.bytes);
+        // SAFETY: the memory is that large, and written before it is read.
+        unsafe { std::slice::from_raw_parts(self.pointer.cast(), bytes) }
+    }
+
+    fn as_mut_slice(&mut self, bytes: usize) -> &mut [u8] {
+        assert!(bytes <= self.bytes, "{bytes} of {} bytes", self.bytes);
+        // SAFETY: the memory is that large, and held by this value alone.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: it was allocated by `new`, and copies that use it are done (`Staging`, `Readback`).
+        let _ = unsafe { result::free_host(self.pointer) };
+    }
+}
+
+/// Pinned buffers of copies: each is used again once its copy is done.
+#[derive(Debug, Default)]
+pub(crate) struct Staging {
+    buffers: Vec<(Pinned, Event)>,
+}
+
+impl Staging {
+    /// A free buffer of at least this size.
+    fn take(&mut self, bytes: usize) -> Result<(Pinned, Event)> {
+        let free = self.buffers.iter().position(|(buffer, copied)| {
+            // Large buffers are not wasted on small copies.
+            buffer.bytes >= bytes && buffer.bytes <= 4 * bytes.max(1 << 16) && copied.is_done()
+        });
+        match free {
+            Some(at) => Ok(self.buffers.swap_remove(at)),
+            None => Ok((Pinned::new(bytes.next_power_of_two().max(1 << 12))?, Event::new()?)),
+        }
+    }
+}
+
+/// Bytes on their way from the device.
+#[derive(Debug)]
+pub struct Readback {
+    gpu: &'static Gpu,
+    /// Always there until it is dropped.
+    buffer: Option<(Pinned, Event)>,
+    bytes: usize,
+}
+
+impl Readback {
+    /// The bytes, once they have arrived.
+    pub fn wait(&self) -> Result<&[u8]> {
+        let (buffer, arrived) = self.buffer.as_ref().expect("the buffer is given back in drop alone");
+        arrived.wait()?;
+        Ok(buffer.as_slice(self.bytes))
+    }
+}
+
+impl Drop for Readback {
+    fn drop(&mut self) {
+        // The next user of the buffer waits for the copy.
+        self.gpu.give_back(self.buffer.take());
+    }
+}
+
+impl Gpu {
+    fn give_back(&self, buffer: Option<(Pinned, Event)>) {
+        if let Ok(mut staging) = self.staging.lock() {
+            staging.buffers.extend(buffer);
+        }
+    }
+
+    fn pinned(&self, bytes: usize) -> Result<(Pinned, Event)> {
+        self.staging.lock().expect("no copy panics while it holds the buffers").take(bytes)
+    }
+
+    /// A copy of host bytes on the device. Small ones go with the compute stream; large ones on a stream of their own,
+    /// while earlier work runs, and later work waits for them.
+    pub fn upload(&'static self, bytes: &[u8]) -> Result<Arc<Memory>> {
+        self.bind()?;
+        let aside = bytes.len() >= 1 << 20;
+        let stream = if aside { self.copies() } else { self.stream() };
+        let memory = self.alloc_on(bytes.len(), stream)?;
+        if !bytes.is_empty() {
+            let (mut buffer, copied) = self.pinned(bytes.len())?;
+            buffer.as_mut_slice(bytes.len()).copy_from_slice(bytes);
+            let staged = buffer.as_slice(bytes.len());
+            // SAFETY: the destination has these bytes; the buffer is not touched before `copied` is passed.
+            unsafe { result::memcpy_htod_async(memory.address(), staged, stream) }
+                .called("cuMemcpyHtoDAsync")?;
+            copied.record(stream)?;
+            self.give_back(Some((buffer, copied)));
+        }
+        if aside {
+            self.order(self.copies(), self.stream())?;
+        }
+        Ok(memory)
+    }
+
+    /// Starts to copy device memory to the host; what is written to it later is not seen.
+    pub fn read_back(&'static self, address: u64, bytes: usize) -> Result<Readback> {
+        self.bind()?;
+        let (mut buffer, arrived) = self.pinned(bytes)?;
+        if bytes > 0 {
+            // SAFETY: callers name memory that they hold; the buffer is not read before `arrived` is passed.
+            unsafe { result::memcpy_dtoh_async(buffer.as_mut_slice(bytes), address, self.stream()) }
+                .called("cuMemcpyDtoHAsync")?;
+        }
+        arrived.record(self.stream())?;
+        Ok(Readback { gpu: self, buffer: Some((buffer, arrived)), bytes })
+    }
+}

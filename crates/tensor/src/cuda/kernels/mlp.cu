@@ -1,0 +1,49 @@
+// SwiGLU and its gradient over rows of `width`, gate and up being strided columns of one or two matrices. Memory-bound:
+// a step of a thread moves eight elements of each operand; every output may lie over an input, since a thread reads
+// its elements of all operands before it writes any.
+#include "common.cuh"
+
+// e^-x overflows to infinity for very negative x, and the quotient is then zero, as it should be.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + exp2_fast(x * -1.4426950408889634f)); }
+
+// y = silu(gate) up.
+// Block 256; grid min(rows, ceil(rows * width / 2048)) (any grid is correct); no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(256)
+    swiglu(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu, int ldy) {
+  const bool wide = (width | ldg | ldu | ldy) % 8 == 0 && aligned(gate, up) && aligned(y);
+  for_columns(rows, width, wide, [&](i64 r, int c, auto w) {
+    constexpr int V = decltype(w)::value;
+    float g[V], u[V];
+    load(gate + r * ldg + c, g);
+    load(up + r * ldu + c, u);
+#pragma unroll
+    for (int i = 0; i < V; ++i) u[i] *= g[i] * sigmoid(g[i]);
+    store(y + r * ldy + c, u);
+  });
+}
+
+// With s = sigmoid(gate): dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, and y = gate s up again unless null.
+// Block 256; grid as for swiglu; no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(256)
+    swiglu_backward(bf16* dgate, bf16* dup, bf16* y, const bf16* dy, const bf16* gate, const bf16* up, int rows,
+                    int width, int lddy, int ldg, int ldu, int lddg, int lddu, int ldy) {
+  const bool wide = (width | lddy | ldg | ldu | lddg | lddu) % 8 == 0 && aligned(dgate, dup) && aligned(dy, gate) &&
+                    aligned(up) && (!y || (ldy % 8 == 0 && aligned(y)));
+  for_columns(rows, width, wide, [&](i64 r, int c, auto w) {
+    constexpr int V = decltype(w)::value;
+    float d[V], g[V], u[V];
+    load(dy + r * lddy + c, d);
+    load(gate + r * ldg + c, g);
+    load(up + r * ldu + c, u);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float s = sigmoid(g[i]), silu = g[i] * s, slope = d[i] * u[i] * s * (1.f + g[i] * (1.f - s));
+      d[i] *= silu;
+      u[i] *= silu;
+      g[i] = slope;
+    }
+    store(dgate + r * lddg + c, g);
+    store(dup + r * lddu + c, d);
+    if (y) store(y + r * ldy + c, u);
+  });
+}

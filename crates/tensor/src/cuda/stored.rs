@@ -1,0 +1,194 @@
+//! The storage of one tensor in a CUDA device's memory.
+
+use std::sync::{Arc, OnceLock};
+
+use half::{bf16, f16};
+use specforge_cuda::{Gpu, Memory};
+
+use super::launch::{elements, run};
+use super::units::ROWS;
+use crate::tensor::Buffer;
+use crate::{DType, Error, Result};
+
+/// Elements in device memory. Row numbers that the host made are kept there too, and uploaded at first use.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    gpu: &'static Gpu,
+    memory: OnceLock<Arc<Memory>>,
+    /// The first element, in bytes from the start of the memory.
+    first: usize,
+    len: usize,
+    dtype: DType,
+    index: Option<Vec<u32>>,
+}
+
+impl Stored {
+    pub(crate) fn new(gpu: &'static Gpu, dtype: DType, len: usize) -> Result<Self> {
+        Ok(Self::over(gpu.alloc(len * dtype.size())?, 0, dtype, len))
+    }
+
+    pub(crate) fn zeroed(gpu: &'static Gpu, dtype: DType, len: usize) -> Result<Self> {
+        Ok(Self::over(gpu.alloc_zeroed(len * dtype.size())?, 0, dtype, len))
+    }
+
+    /// Normal bfloat16 values.
+    pub(crate) fn random(gpu: &'static Gpu, len: usize, std: f32, seed: u64) -> Result<Self> {
+        let stored = Self::new(gpu, DType::Bf16, len)?;
+        let args = args![stored.address()?, len as i64, seed, 0f32, std];
+        run(gpu, &ROWS, "fill_normal_b", [elements(len), 1, 1], 256, args)?;
+        Ok(stored)
+    }
+
+    fn over(memory: Arc<Memory>, first: usize, dtype: DType, len: usize) -> Self {
+        Self { gpu: memory.gpu(), memory: OnceLock::from(memory), first, len, dtype, index: None }
+    }
+
+    /// Row numbers.
+    pub(crate) fn of_index(ordinal: usize, values: Vec<u32>) -> Self {
+        let gpu = Gpu::open(ordinal).expect("a device that tensors name was opened before");
+        Self {
+            gpu,
+            memory: OnceLock::new(),
+            first: 0,
+            len: values.len(),
+            dtype: DType::U32,
+            index: Some(values),
+        }
+    }
+
+    pub(crate) fn upload(gpu: &'static Gpu, host: Buffer) -> Result<Self> {
+        let of = |bytes: &[u8], dtype, len| Ok(Self::over(gpu.upload(bytes)?, 0, dtype, len));
+        match host {
+            Buffer::F32(v) => of(bytemuck::cast_slice(&v), DType::F32, v.len()),
+            Buffer::Bf16(v) => of(bytemuck::cast_slice(&v), DType::Bf16, v.len()),
+            Buffer::F16(v) => of(bytemuck::cast_slice(&v), DType::F16, v.len()),
+            Buffer::I16(v) => of(bytemuck::cast_slice(&v), DType::I16, v.len()),
+            Buffer::U32(v) => Ok(Self::of_index(gpu.ordinal(), v)),
+            Buffer::Cuda(stored) => Self::upload(gpu, stored.download()?),
+        }
+    }
+
+    /// Waits for the device.
+    pub(crate) fn download(&self) -> Result<Buffer> {
+        if let Some(index) = &self.index {
+            return Ok(Buffer::U32(index.clone()));
+        }
+        let read = self.gpu.read_back(self.address()?, self.bytes())?;
+        let bytes = read.wait()?;
+        Ok(match self.dtype {
+            DType::F32 => Buffer::F32(bytemuck::allocation::pod_collect_to_vec(bytes)),
+            DType::Bf16 => Buffer::Bf16(bytemuck::allocation::pod_collect_to_vec::<u8, bf16>(bytes)),
+            DType::F16 => Buffer::F16(bytemuck::allocation::pod_collect_to_vec::<u8, f16>(bytes)),
+            DType::U32 => Buffer::U32(bytemuck::allocation::pod_collect_to_vec(bytes)),
+            DType::I16 => Buffer::I16(bytemuck::allocation::pod_collect_to_vec(bytes)),
+        })
+    }
+
+    pub(crate) fn gpu(&self) -> &'static Gpu {
+        self.gpu
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    pub(crate) fn index(&self) -> Option<&[u32]> {
+        self.index.as_deref()
+    }
+
+    fn bytes(&self) -> usize {
+        self.len * self.dtype.size()
+    }
+
+    fn memory(&self) -> Result<&Arc<Memory>> {
+        if let Some(memory) = self.memory.get() {
+            return Ok(memory);
+        }
+        let values = self.index.as_deref().expect("only row numbers are uploaded late");
+        let memory = self.gpu.upload(bytemuck::cast_slice(values))?;
+        Ok(self.memory.get_or_init(|| memory))
+    }
+
+    /// The address of the first element.
+    pub(crate) fn address(&self) -> Result<u64> {
+        Ok(self.memory()?.address() + self.first as u64)
+    }
+
+    /// A copy in memory of its own.
+    pub(crate) fn copied(&self) -> Result<Self> {
+        let copy = Self::new(self.gpu, self.dtype, self.len)?;
+        copy.overwrite(self)?;
+        Ok(copy)
+    }
+
+    /// Takes the elements of another storage of the same type and length.
+    pub(crate) fn overwrite(&self, from: &Self) -> Result<()> {
+        Ok(self.gpu.copy(self.address()?, from.address()?, self.bytes())?)
+    }
+
+    pub(crate) fn cast(&self, dtype: DType) -> Result<Self> {
+        let kernel = match (dtype, self.dtype) {
+            (DType::Bf16, DType::F32) => "cast_bf",
+            (DType::F32, DType::Bf16) => "cast_fb",
+            (DType::Bf16, DType::F16) => "cast_bh",
+            (DType::F32, DType::F16) => "cast_fh",
+            (to, from) => {
+                let why = format!("there is no conversion of {from:?} to {to:?}");
+                return Err(Error::Unsupported { op: "cast", why });
+            }
+        };
+        let to = Self::new(self.gpu, dtype, self.len)?;
+        let args = args![to.address()?, self.address()?, self.len as i64];
+        run(self.gpu, &ROWS, kernel, [elements(self.len), 1, 1], 256, args)?;
+        Ok(to)
+    }
+
+    /// With the elements of `more` after its own: in its own memory if that is `growable` and has room.
+    pub(crate) fn appended(&self, more: &Self, growable: bool) -> Result<Self> {
+        let (memory, end) = (self.memory()?, self.first + self.bytes());
+        let len = self.len + more.len;
+        let has_room = end + more.bytes() <= memory.bytes();
+        let grown = if growable && has_room && Arc::strong_count(memory) == 1 {
+            Self::over(memory.clone(), self.first, self.dtype, len)
+        } else {
+            let room = if growable { len.next_power_of_two() } else { len };
+            let memory = self.gpu.alloc(room * self.dtype.size())?;
+            self.gpu.copy(memory.address(), self.address()?, self.bytes())?;
+            Self::over(memory, 0, self.dtype, len)
+        };
+        self.gpu.copy(grown.address()? + self.bytes() as u64, more.address()?, more.bytes())?;
+        let joined =
+            self.index.as_ref().zip(more.index.as_ref()).map(|(a, b)| [a.clone(), b.clone()].concat());
+        Ok(Self { index: joined, ..grown })
+    }
+
+    /// Its first elements, in the same memory.
+    pub(crate) fn truncated(&self, len: usize) -> Self {
+        let index = self.index.as_ref().map(|index| index[..len].to_vec());
+        Self { gpu: self.gpu, memory: self.memory.clone(), first: self.first, len, dtype: self.dtype, index }
+    }
+
+    /// Copies of several storages, one after the other in one piece of memory.
+    pub(crate) fn together(all: &[&Self]) -> Result<Vec<Self>> {
+        let gpu = all[0].gpu;
+        let memory = gpu.alloc(all.iter().map(|s| s.bytes()).sum())?;
+        let mut first = 0;
+        let mut copies = Vec::new();
+        for stored in all {
+            let copy = Self::over(memory.clone(), first, stored.dtype, stored.len);
+            copy.overwrite(stored)?;
+            first += stored.bytes();
+            copies.push(copy);
+        }
+        Ok(copies)
+    }
+
+    /// Whether `next` lies right behind it.
+    pub(crate) fn is_before(&self, next: &Self) -> Result<bool> {
+        Ok(self.dtype == next.dtype && self.address()? + self.bytes() as u64 == next.address()?)
+    }
+}
