@@ -33,6 +33,7 @@ enum Command {
     Eval(commands::eval::Args),
     Export(commands::export::Args),
     Info(commands::info::Args),
+    Bench(commands::bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => commands::eval::run(&args),
         Command::Export(args) => commands::export::run(&args),
         Command::Info(args) => commands::info::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
     };
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
         Ok(Ok(())) => ExitCode::SUCCESS,

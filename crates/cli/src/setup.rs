@@ -94,6 +94,8 @@ fn storage(plan: &RunPlan) -> Result<Option<DType>> {
         TargetDType::F32 => Some(DType::F32),
         TargetDType::Bf16 => Some(DType::Bf16),
         TargetDType::F16 => Some(DType::F16),
+        TargetDType::Fp8 if plan.device == DeviceChoice::Cuda => Some(DType::E4m3),
+        TargetDType::Fp8 => bail!("target.dtype = \"fp8\" needs a GPU; on the CPU use \"auto\""),
         TargetDType::Auto => {
             let weights = Weights::open(&plan.target.path)?;
             let elements: usize = weights

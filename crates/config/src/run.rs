@@ -121,6 +121,9 @@ pub enum TargetDType {
     Bf16,
     /// float16.
     F16,
+    /// The matrices of linear layers in 8-bit floats (e4m3) with a scale per row, their inputs rounded the same way; the
+    /// rest in bf16. On GPUs of compute capability 8.9 and newer; about 1.6 times faster, half the memory.
+    Fp8,
 }
 
 /// What the draft trains on.

@@ -95,7 +95,11 @@ impl Blas {
     }
 
     fn run(&mut self, gemm: &Gemm) -> Result<bool> {
-        let problem = Problem::new(gemm)?;
+        // An older library does not know the scales' attributes.
+        let problem = match Problem::new(gemm) {
+            Err(_) if gemm.scales.is_some() => return Ok(false),
+            problem => problem?,
+        };
         let key = gemm.key();
         if !self.algorithms.contains_key(&key) {
             // Chosen for the rounded row count, run with the true one: which product came first decides nothing.

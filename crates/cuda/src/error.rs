@@ -93,7 +93,7 @@ pub(crate) trait Called<T> {
 
 impl<T> Called<T> for Result<T, DriverError> {
     fn called(self, call: &'static str) -> Result<T> {
-        self.map_err(|e| Error::Driver { call, why: driver_text(&e) })
+        self.map_err(|e| Error::Driver { call, why: driver_text(e) })
     }
 }
 
@@ -104,7 +104,7 @@ impl<T> Called<T> for Result<T, CublasError> {
 }
 
 /// The driver's own words for an error.
-pub(crate) fn driver_text(error: &DriverError) -> String {
+pub(crate) fn driver_text(error: DriverError) -> String {
     let text =
         |t: Result<&std::ffi::CStr, DriverError>| t.map_or(String::new(), |t| t.to_string_lossy().into());
     let (name, words) = (text(error.error_name()), text(error.error_string()));

@@ -81,7 +81,7 @@ impl Gpu {
     /// How many devices the driver sees.
     pub fn count() -> Result<usize> {
         libraries()[0].require()?;
-        let none = |e: DriverError| Error::NoDevice { ordinal: 0, why: driver_text(&e) };
+        let none = |e: DriverError| Error::NoDevice { ordinal: 0, why: driver_text(e) };
         result::init().map_err(none)?;
         Ok(result::device::get_count().map_err(none)? as usize)
     }
@@ -176,7 +176,7 @@ impl Gpu {
     }
 
     /// Lets the stream `later` wait for what was asked of `earlier` so far.
-    pub(crate) fn order(&self, earlier: sys::CUstream, later: sys::CUstream) -> Result<()> {
+    pub(crate) fn order(earlier: sys::CUstream, later: sys::CUstream) -> Result<()> {
         let event = Event::new()?;
         event.record(earlier)?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;

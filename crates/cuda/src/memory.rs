@@ -64,7 +64,7 @@ impl Pool {
                 let kept = self.reserved().saturating_sub(held);
                 Err(Error::OutOfMemory { asked: bytes, free: free + kept, total: self.total, held, peak })
             }
-            Err(e) => Err(Error::Driver { call: "cuMemAllocAsync", why: driver_text(&e) }),
+            Err(e) => Err(Error::Driver { call: "cuMemAllocAsync", why: driver_text(e) }),
         }
     }
 

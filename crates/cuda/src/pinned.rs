@@ -1,6 +1,7 @@
 //! Copies between host and device through pinned memory: uploads that nobody waits for, and results that are read
 //! when they have arrived.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -8,6 +9,11 @@ use cudarc::driver::result;
 
 use crate::error::Called;
 use crate::{Event, Gpu, Memory, Result};
+
+/// Up to so many bytes the driver copies from any memory before the call returns.
+const BY_DRIVER: usize = 64 << 10;
+/// Larger copies go in pieces of this size: filling one overlaps with copying the one before.
+const PIECE: usize = 8 << 20;
 
 /// Pinned host memory.
 #[derive(Debug)]
@@ -48,23 +54,26 @@ impl Drop for Pinned {
     }
 }
 
-/// Pinned buffers of copies: each is used again once its copy is done.
+/// Pinned buffers of copies by size, oldest first: each is used again once its copy is done.
 #[derive(Debug, Default)]
 pub(crate) struct Staging {
-    buffers: Vec<(Pinned, Event)>,
+    by_size: BTreeMap<usize, VecDeque<(Pinned, Event)>>,
 }
 
 impl Staging {
     /// A free buffer of at least this size.
     fn take(&mut self, bytes: usize) -> Result<(Pinned, Event)> {
-        let free = self.buffers.iter().position(|(buffer, copied)| {
-            // Large buffers are not wasted on small copies.
-            buffer.bytes >= bytes && buffer.bytes <= 4 * bytes.max(1 << 16) && copied.is_done()
-        });
-        match free {
-            Some(at) => Ok(self.buffers.swap_remove(at)),
-            None => Ok((Pinned::new(bytes.next_power_of_two().max(1 << 12))?, Event::new()?)),
+        let size = bytes.next_power_of_two().max(1 << 12);
+        let buffers = self.by_size.entry(size).or_default();
+        // Copies end in the order they were asked for, as good as always.
+        match buffers.front() {
+            Some((_, copied)) if copied.is_done() => Ok(buffers.pop_front().expect("just seen")),
+            _ => Ok((Pinned::new(size)?, Event::new()?)),
         }
+    }
+
+    fn give_back(&mut self, buffer: (Pinned, Event)) {
+        self.by_size.entry(buffer.0.bytes).or_default().push_back(buffer);
     }
 }
 
@@ -95,8 +104,8 @@ impl Drop for Readback {
 
 impl Gpu {
     fn give_back(&self, buffer: Option<(Pinned, Event)>) {
-        if let Ok(mut staging) = self.staging.lock() {
-            staging.buffers.extend(buffer);
+        if let (Ok(mut staging), Some(buffer)) = (self.staging.lock(), buffer) {
+            staging.give_back(buffer);
         }
     }
 
@@ -104,26 +113,30 @@ impl Gpu {
         self.staging.lock().expect("no copy panics while it holds the buffers").take(bytes)
     }
 
-    /// A copy of host bytes on the device. Small ones go with the compute stream; large ones on a stream of their own,
-    /// while earlier work runs, and later work waits for them.
+    /// A copy of host bytes on the device. Small ones go with the compute stream; large ones piece by piece on a stream
+    /// of their own, while earlier work runs, and later work waits for them.
     pub fn upload(&'static self, bytes: &[u8]) -> Result<Arc<Memory>> {
         self.bind()?;
-        let aside = bytes.len() >= 1 << 20;
-        let stream = if aside { self.copies() } else { self.stream() };
-        let memory = self.alloc_on(bytes.len(), stream)?;
-        if !bytes.is_empty() {
-            let (mut buffer, copied) = self.pinned(bytes.len())?;
-            buffer.as_mut_slice(bytes.len()).copy_from_slice(bytes);
-            let staged = buffer.as_slice(bytes.len());
+        if bytes.len() <= BY_DRIVER {
+            let memory = self.alloc(bytes.len())?;
+            if !bytes.is_empty() {
+                // SAFETY: the destination has these bytes, and the driver takes so few before it returns.
+                unsafe { result::memcpy_htod_async(memory.address(), bytes, self.stream()) }
+                    .called("cuMemcpyHtoDAsync")?;
+            }
+            return Ok(memory);
+        }
+        let memory = self.alloc_on(bytes.len(), self.copies())?;
+        for (i, piece) in bytes.chunks(PIECE).enumerate() {
+            let (mut buffer, copied) = self.pinned(piece.len())?;
+            buffer.as_mut_slice(piece.len()).copy_from_slice(piece);
+            let (to, staged) = (memory.address() + (i * PIECE) as u64, buffer.as_slice(piece.len()));
             // SAFETY: the destination has these bytes; the buffer is not touched before `copied` is passed.
-            unsafe { result::memcpy_htod_async(memory.address(), staged, stream) }
-                .called("cuMemcpyHtoDAsync")?;
-            copied.record(stream)?;
+            unsafe { result::memcpy_htod_async(to, staged, self.copies()) }.called("cuMemcpyHtoDAsync")?;
+            copied.record(self.copies())?;
             self.give_back(Some((buffer, copied)));
         }
-        if aside {
-            self.order(self.copies(), self.stream())?;
-        }
+        Self::order(self.copies(), self.stream())?;
         Ok(memory)
     }
 

@@ -126,25 +126,27 @@ impl Units {
     fn function(&self, launch: &Launch<'_>) -> Result<sys::CUfunction> {
         let mut loaded = self.loaded.lock().expect("loading a kernel does not panic");
         let key = (launch.unit.name, launch.kernel, launch.defines);
-        let function = match loaded.functions.get(&key) {
-            Some(function) => *function,
-            None => {
-                let module = self.module(&mut loaded, launch.unit, launch.defines)?;
-                let name = CString::new(launch.kernel).expect("kernel names have no zero bytes");
-                // SAFETY: the module is loaded for the rest of the process.
-                let handle =
-                    unsafe { result::module::get_function(module, name) }.called("cuModuleGetFunction")?;
-                Function { handle: Handle(handle), shared: FREE_SHARED }
-            }
+        let function = if let Some(function) = loaded.functions.get(&key) {
+            *function
+        } else {
+            let module = self.module(&mut loaded, launch.unit, launch.defines)?;
+            let name = CString::new(launch.kernel).expect("kernel names have no zero bytes");
+            // SAFETY: the module is loaded for the rest of the process.
+            let handle =
+                unsafe { result::module::get_function(module, name) }.called("cuModuleGetFunction")?;
+            let function = Function { handle: Handle(handle), shared: FREE_SHARED };
+            loaded.functions.insert(key, function);
+            function
         };
-        let shared = function.shared.max(launch.shared);
-        if shared > function.shared {
+        if launch.shared > function.shared {
             let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is loaded.
-            unsafe { result::function::set_function_attribute(function.handle.0, most, shared as i32) }
-                .called("cuFuncSetAttribute")?;
+            unsafe {
+                result::function::set_function_attribute(function.handle.0, most, launch.shared as i32)
+            }
+            .called("cuFuncSetAttribute")?;
+            loaded.functions.insert(key, Function { shared: launch.shared, ..function });
         }
-        loaded.functions.insert(key, Function { shared, ..function });
         Ok(function.handle.0)
     }
 }

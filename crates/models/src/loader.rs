@@ -26,6 +26,8 @@ pub(crate) struct Loader<'a> {
     pub device: Device,
     /// The storage type; absent: as in the file.
     pub storage: Option<DType>,
+    /// Whether the matrices of linear layers are rounded to 8-bit floats.
+    pub fp8: bool,
     pub prefix: String,
 }
 
@@ -38,6 +40,7 @@ impl Loader<'_> {
             params: self.params,
             device: self.device,
             storage: self.storage,
+            fp8: self.fp8,
             prefix: format!("{}{name}.", self.prefix),
         }
     }
@@ -45,6 +48,10 @@ impl Loader<'_> {
     /// A linear layer `[n_out, n_in]`, with a bias `[n_out]` or without.
     pub(crate) fn linear(&mut self, name: &str, n_in: usize, n_out: usize, bias: bool) -> Result<Weight> {
         let weight = self.tensor(&format!("{name}.weight"), &[n_out, n_in])?;
+        if self.fp8 {
+            let param = self.params.get_mut(weight);
+            param.value = param.value.quantize_rows()?;
+        }
         let bias = bias.then(|| self.tensor(&format!("{name}.bias"), &[n_out])).transpose()?;
         Ok(Weight::of(weight).with_bias(bias))
     }

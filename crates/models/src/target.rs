@@ -30,7 +30,8 @@ pub struct Target {
 
 impl Target {
     /// Loads a Hugging Face folder. Weights go from the mapped files straight to tensors of the type `storage`, or
-    /// of the type they are stored in; arithmetic is the device's, whatever the storage.
+    /// of the type they are stored in; arithmetic is the device's, whatever the storage. `E4m3` rounds the matrices of
+    /// linear layers to 8-bit floats, on devices that have them.
     pub fn load(folder: impl AsRef<Path>, device: Device, storage: Option<DType>) -> Result<Self> {
         let folder = folder.as_ref();
         let info = TargetInfo::read(folder)?;
@@ -39,8 +40,8 @@ impl Target {
     }
 
     /// A target of this description with weights that the device draws: for measuring.
-    pub fn random(info: TargetInfo, device: Device) -> Result<Self> {
-        Self::build(info, Path::new("random weights"), Source::Random, device, None)
+    pub fn random(info: TargetInfo, device: Device, storage: Option<DType>) -> Result<Self> {
+        Self::build(info, Path::new("random weights"), Source::Random, device, storage)
     }
 
     fn build(
@@ -52,8 +53,13 @@ impl Target {
     ) -> Result<Self> {
         let architecture = architecture::of(&info.path, &info.raw)?;
         let mut params = Params::new();
-        let mut loader =
-            Loader { folder, source, params: &mut params, device, storage, prefix: String::new() };
+        // Embedding, head and norms stay as they are: they are small, or the teacher's.
+        let (fp8, storage) = match storage {
+            Some(DType::E4m3) => (true, Some(DType::Bf16)),
+            other => (false, other),
+        };
+        let prefix = String::new();
+        let mut loader = Loader { folder, source, params: &mut params, device, storage, fp8, prefix };
         let table = [info.vocab_size, info.hidden_size];
         let embedding = loader.tensor("model.embed_tokens.weight", &table)?;
         let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;

@@ -1,6 +1,7 @@
 //! A dense, row-major tensor: element type, shape, and storage shared by reference count.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -19,6 +20,8 @@ pub enum DType {
     F16,
     /// Row numbers, token ids, positions.
     U32,
+    /// 8-bit float, four bits of exponent, with a float32 scale per row: frozen weights on a CUDA device.
+    E4m3,
     /// What bfloat16 weights lose of their float32 masters, see [`Kernels::remainder`](crate::Kernels::remainder).
     I16,
 }
@@ -29,6 +32,7 @@ impl DType {
         match self {
             Self::F32 | Self::U32 => 4,
             Self::Bf16 | Self::F16 | Self::I16 => 2,
+            Self::E4m3 => 1,
         }
     }
 }
@@ -178,6 +182,21 @@ impl Tensor {
         Self::from_host(self.device, buffer, &self.shape)
     }
 
+    /// The weight in 8-bit floats, each row with a scale of its own, for products with rows that are rounded the same
+    /// way. Only CUDA devices from compute capability 8.9 on have them.
+    pub fn quantize_rows(&self) -> Result<Self> {
+        let unsupported = |why: &str| Error::Unsupported { op: "fp8", why: why.to_owned() };
+        let stored = self.stored().ok_or_else(|| unsupported("the CPU has no 8-bit floats; use bf16"))?;
+        if stored.gpu().properties().capability < (8, 9) {
+            return Err(unsupported("this card has none (compute capability 8.9 is needed); use bf16"));
+        }
+        Ok(Self::from_stored(
+            self.device,
+            stored.cast(DType::Bf16)?.quantized(self.rows_cols())?,
+            &self.shape,
+        ))
+    }
+
     /// The same values on another device, of the same element type.
     pub fn to_device(&self, device: Device) -> Result<Self> {
         if device == self.device {
@@ -196,6 +215,32 @@ impl Tensor {
             return Err(Error::shape("reshape", "the new shape", format!("{} elements", self.len()), shape));
         }
         Ok(Self { shape: shape.to_vec(), ..self.clone() })
+    }
+
+    /// Some rows; on a device they share the storage.
+    pub fn rows(&self, range: Range<usize>) -> Result<Self> {
+        let (n, width) = self.rows_cols();
+        if range.start > range.end || range.end > n {
+            return Err(Error::shape(
+                "rows",
+                "the tensor",
+                format!("[{} or more, ..]", range.end),
+                &self.shape,
+            ));
+        }
+        let (shape, elements) = ([range.len(), width], range.start * width..range.end * width);
+        if let Some(stored) = self.stored() {
+            return Ok(Self::from_stored(self.device, stored.slice(elements)?, &shape));
+        }
+        let buffer = match &*self.buffer {
+            Buffer::F32(v) => Buffer::F32(v[elements].to_vec()),
+            Buffer::Bf16(v) => Buffer::Bf16(v[elements].to_vec()),
+            Buffer::F16(v) => Buffer::F16(v[elements].to_vec()),
+            Buffer::U32(v) => Buffer::U32(v[elements].to_vec()),
+            Buffer::I16(v) => Buffer::I16(v[elements].to_vec()),
+            Buffer::Cuda(_) => unreachable!("handled above"),
+        };
+        Self::from_host(self.device, buffer, &shape)
     }
 
     /// Appends the rows of a tensor of the same width and element type; storage that is not shared grows in place.

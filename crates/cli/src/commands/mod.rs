@@ -1,5 +1,6 @@
 //! One file per command: its arguments on top, what it does below.
 
+pub(crate) mod bench;
 pub(crate) mod capture;
 pub(crate) mod eval;
 pub(crate) mod export;

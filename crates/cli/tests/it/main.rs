@@ -5,6 +5,7 @@ mod bad_data;
 mod bad_folder;
 mod bad_run;
 mod bad_target;
+mod bench;
 mod kill;
 mod left;
 mod look;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use specforge_cuda::{Gemm, GemmType, Operand};
 
+use super::fp8;
 use super::launch::{at, at_mut, gpu_of, in_bf16, output, run, stored};
 use super::units::{NORM, SKINNY};
 use crate::{DType, Result, Tensor};
@@ -15,12 +16,12 @@ pub(super) const FEW_ROWS: usize = 32;
 const BF16: u64 = 2;
 const F32: u64 = 4;
 
-fn plain(address: u64, ld: usize) -> Operand {
+pub(super) fn plain(address: u64, ld: usize) -> Operand {
     Operand { address, ld, transposed: false }
 }
 
 /// Matrices of a stack that lie one behind the other, as one: first row in the stack, rows, and the first of them.
-fn groups(w: &[&Tensor]) -> Result<Vec<(usize, usize, usize)>> {
+pub(super) fn groups(w: &[&Tensor]) -> Result<Vec<(usize, usize, usize)>> {
     let (mut groups, mut first): (Vec<(usize, usize, usize)>, usize) = (Vec::new(), 0);
     for (i, matrix) in w.iter().enumerate() {
         let rows = matrix.rows_cols().0;
@@ -40,6 +41,9 @@ pub(super) fn linear(
     bias: &[&Tensor],
     residual: Option<&Tensor>,
 ) -> Result<Tensor> {
+    if w[0].dtype() == DType::E4m3 {
+        return fp8::linear(x, w, cols, bias, residual);
+    }
     let (x, w) = (in_bf16(x)?, bf16_all(w)?);
     let w: Vec<&Tensor> = w.iter().collect();
     let ((r, k), n) = (x.rows_cols(), w.iter().map(|w| w.rows_cols().0).sum());
@@ -94,7 +98,7 @@ pub(super) fn product(x: &Tensor, gemm: &Gemm) -> Result<()> {
 }
 
 /// Biases of a stack as one vector.
-fn joined_bias(bias: &[&Tensor]) -> Result<Option<Tensor>> {
+pub(super) fn joined_bias(bias: &[&Tensor]) -> Result<Option<Tensor>> {
     let Some((first, rest)) = bias.split_first() else { return Ok(None) };
     let mut all = in_bf16(first)?.reshape(&[first.len(), 1])?;
     for more in rest {

@@ -6,6 +6,7 @@ mod launch;
 
 mod adam;
 mod attention;
+mod fp8;
 mod gemm;
 mod loss;
 mod norm;

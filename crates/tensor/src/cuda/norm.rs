@@ -83,11 +83,12 @@ pub(super) fn rope(x: &Tensor, rotation: &Rotation<'_>, added: Option<AddedRows<
     if rows == 0 {
         return Ok(y);
     }
-    let (table, index, ld_table) = match added {
-        Some(AddedRows { table, index }) => {
-            (at(table.of)? + 2 * table.first as u64, at(index)?, table.of.rows_cols().1)
+    let in_storage = added.map(|added| in_bf16(added.table.of)).transpose()?;
+    let (table, index, ld_table) = match (added, &in_storage) {
+        (Some(AddedRows { table, index }), Some(of)) => {
+            (at(of)? + 2 * table.first as u64, at(index)?, of.rows_cols().1)
         }
-        None => (0, 0, 0),
+        _ => (0, 0, 0),
     };
     let args = args![
         at(&y)?,

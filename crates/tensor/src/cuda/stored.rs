@@ -1,12 +1,13 @@
 //! The storage of one tensor in a CUDA device's memory.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use half::{bf16, f16};
 use specforge_cuda::{Gpu, Memory};
 
 use super::launch::{elements, run};
-use super::units::ROWS;
+use super::units::{FP8, ROWS};
 use crate::tensor::Buffer;
 use crate::{DType, Error, Result};
 
@@ -20,6 +21,8 @@ pub(crate) struct Stored {
     len: usize,
     dtype: DType,
     index: Option<Vec<u32>>,
+    /// Of 8-bit floats: a float32 scale per row, and where they start.
+    scales: Option<(Arc<Memory>, usize)>,
 }
 
 impl Stored {
@@ -40,7 +43,15 @@ impl Stored {
     }
 
     fn over(memory: Arc<Memory>, first: usize, dtype: DType, len: usize) -> Self {
-        Self { gpu: memory.gpu(), memory: OnceLock::from(memory), first, len, dtype, index: None }
+        Self {
+            gpu: memory.gpu(),
+            memory: OnceLock::from(memory),
+            first,
+            len,
+            dtype,
+            index: None,
+            scales: None,
+        }
     }
 
     /// Row numbers.
@@ -53,6 +64,7 @@ impl Stored {
             len: values.len(),
             dtype: DType::U32,
             index: Some(values),
+            scales: None,
         }
     }
 
@@ -81,6 +93,10 @@ impl Stored {
             DType::F16 => Buffer::F16(bytemuck::allocation::pod_collect_to_vec::<u8, f16>(bytes)),
             DType::U32 => Buffer::U32(bytemuck::allocation::pod_collect_to_vec(bytes)),
             DType::I16 => Buffer::I16(bytemuck::allocation::pod_collect_to_vec(bytes)),
+            DType::E4m3 => {
+                let why = "8-bit weights stay on the device".to_owned();
+                return Err(Error::Unsupported { op: "reading", why });
+            }
         })
     }
 
@@ -130,7 +146,25 @@ impl Stored {
         Ok(self.gpu.copy(self.address()?, from.address()?, self.bytes())?)
     }
 
+    /// Rows of bfloat16 in 8-bit floats, each with its scale.
+    pub(crate) fn quantized(&self, (rows, width): (usize, usize)) -> Result<Self> {
+        let scales = self.gpu.alloc(rows * 4)?;
+        let to = Self { scales: Some((scales.clone(), 0)), ..Self::new(self.gpu, DType::E4m3, self.len)? };
+        let args =
+            args![to.address()?, scales.address(), self.address()?, rows as i32, width as i32, width as i64];
+        run(self.gpu, &FP8, "quantize_rows", [rows, 1, 1], 256, args)?;
+        Ok(to)
+    }
+
+    /// The address of the rows' scales.
+    pub(crate) fn scales(&self) -> Option<u64> {
+        self.scales.as_ref().map(|(memory, first)| memory.address() + *first as u64)
+    }
+
     pub(crate) fn cast(&self, dtype: DType) -> Result<Self> {
+        if dtype == self.dtype {
+            return self.copied();
+        }
         let kernel = match (dtype, self.dtype) {
             (DType::Bf16, DType::F32) => "cast_bf",
             (DType::F32, DType::Bf16) => "cast_fb",
@@ -169,19 +203,36 @@ impl Stored {
     /// Its first elements, in the same memory.
     pub(crate) fn truncated(&self, len: usize) -> Self {
         let index = self.index.as_ref().map(|index| index[..len].to_vec());
-        Self { gpu: self.gpu, memory: self.memory.clone(), first: self.first, len, dtype: self.dtype, index }
+        let (gpu, memory, scales) = (self.gpu, self.memory.clone(), self.scales.clone());
+        Self { gpu, memory, first: self.first, len, dtype: self.dtype, index, scales }
     }
 
-    /// Copies of several storages, one after the other in one piece of memory.
+    /// Some of its elements, in the same memory.
+    pub(crate) fn slice(&self, elements: Range<usize>) -> Result<Self> {
+        if let Some(index) = &self.index {
+            return Ok(Self::of_index(self.gpu.ordinal(), index[elements].to_vec()));
+        }
+        let first = self.first + elements.start * self.dtype.size();
+        Ok(Self::over(self.memory()?.clone(), first, self.dtype, elements.len()))
+    }
+
+    /// Copies of several storages, one after the other in one piece of memory; their scales too.
     pub(crate) fn together(all: &[&Self]) -> Result<Vec<Self>> {
         let gpu = all[0].gpu;
         let memory = gpu.alloc(all.iter().map(|s| s.bytes()).sum())?;
-        let mut first = 0;
+        let scale_bytes = |s: &Self| s.scales.as_ref().map_or(0, |(memory, _)| memory.bytes());
+        let scales = gpu.alloc(all.iter().map(|s| scale_bytes(s)).sum())?;
+        let (mut first, mut first_scale) = (0, 0);
         let mut copies = Vec::new();
         for stored in all {
-            let copy = Self::over(memory.clone(), first, stored.dtype, stored.len);
+            let mut copy = Self::over(memory.clone(), first, stored.dtype, stored.len);
             copy.overwrite(stored)?;
+            if let Some(from) = stored.scales() {
+                gpu.copy(scales.address() + first_scale as u64, from, scale_bytes(stored))?;
+                copy.scales = Some((scales.clone(), first_scale));
+            }
             first += stored.bytes();
+            first_scale += scale_bytes(stored);
             copies.push(copy);
         }
         Ok(copies)

@@ -95,7 +95,7 @@ fn cuda_attention_agrees_for_rows_that_see_nothing() {
     }
     // Ends never decrease.
     (1..hi.len()).for_each(|r| hi[r] = hi[r].max(hi[r - 1]).max(lo[r]));
-    [&mut lo, &mut hi].map(|bounds| bounds.extend([100; 66]));
+    [&mut lo, &mut hi].into_iter().for_each(|bounds| bounds.extend([100; 66]));
     let spans = Spans { lo: rows(lo), hi: rows(hi) };
     let nothing = Spans { lo: rows([0; 5]), hi: rows([0; 5]) };
     for head_dim in HEAD_DIMS {

@@ -109,7 +109,7 @@ fn cuda_losses_give_each_gradient_whether_or_not_the_other_is_wanted() {
 #[test]
 fn cuda_losses_of_rounded_logits_are_close() {
     let Some(device) = device() else { return };
-    for sizes in [[70, 64, 1000, 1], [70, 128, 9000, 3]] {
+    for sizes in [[70, 32, 1000, 1], [70, 16, 9000, 3]] {
         for objective in OBJECTIVES {
             let case = random(sizes, objective);
             for case in [case.clone(), case.with_logits()] {
@@ -157,8 +157,8 @@ fn a_cuda_row_without_overlap_has_no_gradient_of_its_logarithm() {
     case.x = matrix(vec![40.0; 24], &[3, 8]);
     case.head = matrix([[40.0; 8], [-40.0; 8]].concat(), &[2, 8]);
     case = case.with_logits();
-    case.logits = Some(matrix([[-5e3, 5e3]; 2].concat(), &[2, 2]));
-    case.logsumexp = matrix(vec![5e3; 2], &[2]);
+    case.logits = Some(matrix([[-4992.0, 4992.0]; 2].concat(), &[2, 2]));
+    case.logsumexp = matrix(vec![4992.0; 2], &[2]);
     let run = on(&case, device).run().unwrap();
     assert!(run.groups.iter().all(|g| g.loss.is_finite() && g.acceptance < 1e-30));
     let gradients = [run.dx.unwrap(), run.dhead.unwrap()];

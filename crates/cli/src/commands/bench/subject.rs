@@ -1,0 +1,173 @@
+//! What `bench step` measures: a draft with its optimizer, its features, and one training step.
+
+use anyhow::Result;
+use specforge_methods::eagle3::{Config, Eagle3};
+use specforge_methods::{Batch, DraftMethod, Frozen, Loss, Teacher, VocabMap};
+use specforge_models::{Target, TargetInfo};
+use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
+use specforge_tensor::{DType, Device, Later, Params, Tape, Tensor};
+use specforge_train::features::teacher_is_read;
+
+use super::data::Data;
+
+/// Parts of a step, in their order.
+pub(super) const PHASES: [&str; 4] = ["target", "forward", "backward", "optimizer"];
+
+/// A draft in training.
+pub(super) struct Subject {
+    method: Eagle3,
+    params: Params,
+    optimizer: AdamW,
+    features: Features,
+}
+
+/// Where features come from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source {
+    /// They lie on the device, as if read from a store.
+    Store,
+    /// The target computes them in every step; its weights are stored as this, or as the device has them.
+    Target(Option<DType>),
+}
+
+/// What a step takes its features from.
+enum Features {
+    Offline(Batch),
+    Online { target: Box<Target>, data: Data, read: Vec<u32> },
+}
+
+/// What a step gives when the device has got there.
+pub(super) struct Pending {
+    loss: Later<Loss>,
+    report: Later<StepReport>,
+}
+
+impl Subject {
+    /// A draft for this target over this batch.
+    pub(super) fn new(
+        (info, vocab): (&TargetInfo, VocabMap),
+        config: &Config,
+        data: Data,
+        source: Source,
+        device: Device,
+    ) -> Result<Self> {
+        let target = match source {
+            Source::Store => None,
+            Source::Target(storage) => Some(Target::random(info.clone(), device, storage)?),
+        };
+        let frozen = match &target {
+            Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },
+            None => random_frozen(info, device)?,
+        };
+        let draw = |name: &str, shape: &[usize]| {
+            Ok(Tensor::random(device, shape, config.initializer_range as f32, seed_of(name))?)
+        };
+        let (method, params) = Eagle3::drawn(config, info, &frozen, vocab, draw)?;
+        let optimizer = AdamW::new(AdamWConfig::default(), &params)?;
+        let features = match target {
+            Some(target) => Features::Online { target: Box::new(target), read: read_rows(&data), data },
+            None => Features::Offline(random_batch(&method, &data, &frozen)?),
+        };
+        Ok(Self { method, params, optimizer, features })
+    }
+
+    /// One step as `specforge train` takes it; `lap` is called after each of [`PHASES`].
+    pub(super) fn step(&mut self, lap: &mut dyn FnMut() -> Result<()>) -> Result<Pending> {
+        let computed = self.features.compute(&self.method)?;
+        let batch = match (&computed, &self.features) {
+            (Some(batch), _) | (None, Features::Offline(batch)) => batch,
+            (None, Features::Online { .. }) => unreachable!("the target has run"),
+        };
+        lap()?;
+        let tape = Tape::recording(&self.params);
+        let pending = self.method.loss(&tape, batch)?;
+        lap()?;
+        let grads = tape.backward()?;
+        lap()?;
+        let lr = self.optimizer.config().lr;
+        let report = self.optimizer.step(&mut self.params, &grads, pending.weight, lr)?;
+        lap()?;
+        Ok(Pending { loss: pending.loss, report })
+    }
+}
+
+impl Pending {
+    /// The loss; waits for the step. One that is not finite says that what was measured is no training.
+    pub(super) fn wait(self) -> Result<f64> {
+        let (loss, report) = (self.loss.wait()?.objective.value(), self.report.wait()?);
+        let finite = loss.is_finite() && report.grad_norm.is_finite();
+        anyhow::ensure!(finite, "the step gave loss {loss} and gradient norm {}", report.grad_norm);
+        Ok(loss)
+    }
+}
+
+impl Features {
+    /// Runs the target, if it is there.
+    fn compute(&self, method: &Eagle3) -> Result<Option<Batch>> {
+        let Self::Online { target, data, read } = self else { return Ok(None) };
+        // 1. The forward pass with capture.
+        let documents: Vec<&[u32]> = data.bounds.iter().map(|b| &data.input_ids[b.clone()]).collect();
+        let captured = target.forward(&documents, method.capture())?;
+        let hidden = captured.last_hidden.expect("EAGLE3 captures the last hidden state");
+        // 2. Best token and log-sum-exp of the rows that a loss may read.
+        let (none, device) = (Params::new(), target.device());
+        let (tape, index) = (Tape::inference(&none), Tensor::from_u32(device, read.clone()));
+        let rows = tape.gather_rows(&tape.input(hidden.clone()), &index)?;
+        let stats = Tape::vocab_stats(rows.value(), target.head())?;
+        let n = read.len();
+        let mut logsumexp = Tensor::zeros(device, &[data.n_tokens(), 1])?;
+        let (from, values) =
+            (Tensor::from_u32(device, (0..n as u32).collect()), stats.logsumexp.reshape(&[n, 1])?);
+        device.kernels().copy_rows(&mut logsumexp, &index, &values, &from)?;
+        let logsumexp = logsumexp.reshape(&[data.n_tokens()])?;
+        // 3. The host has to know the best tokens to know which rows are live.
+        let argmax =
+            place_best(&stats.argmax.to_u32(), read, data.n_tokens(), (method.vocab(), target.info()));
+        let teacher = Teacher::LastHidden { hidden, argmax, logsumexp };
+        Ok(Some(data.batch(captured.hidden_states, teacher)))
+    }
+}
+
+/// Best tokens by row. Random weights seldom choose a token of the draft vocabulary, a trained target nearly always
+/// does: each goes to a draft token near it, so that the rows with loss are those of the mask.
+fn place_best(best: &[u32], read: &[u32], n: usize, (vocab, info): (&VocabMap, &TargetInfo)) -> Vec<u32> {
+    let near = |token: u32| vocab.target_ids()[token as usize * vocab.len() / info.vocab_size];
+    let mut all = vec![0; n];
+    read.iter().zip(best).for_each(|(&t, &token)| all[t as usize] = near(token));
+    all
+}
+
+/// Rows whose teacher a loss may read.
+fn read_rows(data: &Data) -> Vec<u32> {
+    let of = |b: &std::ops::Range<usize>| {
+        let (mask, start) = (&data.loss_mask[b.clone()], b.start);
+        (0..mask.len()).filter(|&t| teacher_is_read(mask, t)).map(|t| (start + t) as u32).collect::<Vec<_>>()
+    };
+    data.bounds.iter().flat_map(of).collect()
+}
+
+/// Embedding and head whose products with normed states are of size 1.
+fn random_frozen(info: &TargetInfo, device: Device) -> Result<Frozen> {
+    let (shape, std) = ([info.vocab_size, info.hidden_size], (info.hidden_size as f32).powf(-0.5));
+    let embedding = Tensor::random(device, &shape, std, 1)?;
+    let head =
+        if info.tie_word_embeddings { embedding.clone() } else { Tensor::random(device, &shape, std, 2)? };
+    Ok(Frozen { embedding, head })
+}
+
+/// Features as if read from a store: every best token is one that the draft can name.
+fn random_batch(method: &Eagle3, data: &Data, frozen: &Frozen) -> Result<Batch> {
+    let (device, width, n) = (frozen.head.device(), frozen.head.rows_cols().1, data.n_tokens());
+    let hidden_states = Tensor::random(device, &[n, method.capture().layers.len() * width], 1.0, 3)?;
+    let hidden = Tensor::random(device, &[n, width], 1.0, 4)?;
+    let kept = method.vocab().target_ids();
+    let argmax = data.input_ids.iter().map(|&id| kept[id as usize % kept.len()]).collect();
+    let logsumexp = Tape::vocab_stats(&hidden, &frozen.head)?.logsumexp;
+    Ok(data.batch(hidden_states, Teacher::LastHidden { hidden, argmax, logsumexp }))
+}
+
+/// Another seed for every weight (FNV-1a of its name).
+fn seed_of(name: &str) -> u64 {
+    name.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
