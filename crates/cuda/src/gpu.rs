@@ -15,6 +15,11 @@ use crate::pinned::Staging;
 use crate::unit::Units;
 use crate::{Error, Result};
 
+thread_local! {
+    /// Whether this thread's kernels go to the second stream.
+    static ON_SIDE: Cell<bool> = const { Cell::new(false) };
+}
+
 /// Devices that one process can open.
 const MOST: usize = 16;
 
@@ -28,6 +33,7 @@ pub struct Gpu {
     context: sys::CUcontext,
     stream: sys::CUstream,
     copies: sys::CUstream,
+    side: sys::CUstream,
     properties: Properties,
     pub(crate) pool: Pool,
     pub(crate) staging: Mutex<Staging>,
@@ -117,13 +123,13 @@ impl Gpu {
         unsafe { result::ctx::set_current(context) }.called("cuCtxSetCurrent")?;
         let new_stream =
             || result::stream::create(result::stream::StreamKind::NonBlocking).called("cuStreamCreate");
-        let (stream, copies) = (new_stream()?, new_stream()?);
+        let (stream, copies, side) = (new_stream()?, new_stream()?, new_stream()?);
         let architecture = Architecture::of(properties.capability);
         let pool = Pool::new(device, properties.memory)?;
         let blas = Blas::new(&pool, stream)?;
         let units = Units::new(Compiler::new()?, architecture);
         let (staging, blas) = (Mutex::new(Staging::default()), Mutex::new(blas));
-        Ok(Self { ordinal, context, stream, copies, properties, pool, staging, units, blas })
+        Ok(Self { ordinal, context, stream, copies, side, properties, pool, staging, units, blas })
     }
 
     /// The device's number.
@@ -158,6 +164,28 @@ impl Gpu {
 
     pub(crate) fn copies(&self) -> sys::CUstream {
         self.copies
+    }
+
+    /// Asks for two pieces of work that may run at the same time; what is asked for later waits for both. `second` may
+    /// only launch kernels.
+    pub fn side_by_side<E: From<Error>>(
+        &self,
+        first: impl FnOnce() -> Result<(), E>,
+        second: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.bind()?;
+        Self::order(self.stream, self.side)?;
+        first()?;
+        ON_SIDE.set(true);
+        let done = second();
+        ON_SIDE.set(false);
+        Self::order(self.side, self.stream)?;
+        done
+    }
+
+    /// The stream that kernels are launched on.
+    pub(crate) fn launch_stream(&self) -> sys::CUstream {
+        if ON_SIDE.get() { self.side } else { self.stream }
     }
 
     /// Waits until everything asked for so far is done.

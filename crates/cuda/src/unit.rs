@@ -177,7 +177,14 @@ impl Gpu {
         // SAFETY: the arguments are read before the call returns; the kernels of this workspace stay within the
         // memory that their callers hold, which tests check against the CPU's results.
         unsafe {
-            result::launch_kernel(function, grid, block, launch.shared as u32, self.stream(), &mut pointers)
+            result::launch_kernel(
+                function,
+                grid,
+                block,
+                launch.shared as u32,
+                self.launch_stream(),
+                &mut pointers,
+            )
         }
         .called(launch.kernel)
     }

@@ -73,12 +73,12 @@ impl<'t, 'p> Pass<'t, 'p> {
     /// As [`Pass::attention`], of queries, keys and values side by side.
     pub(crate) fn attention_packed(&mut self, qkv: &Var, window: Option<usize>) -> Result<Var> {
         let first_key = self.shape.n_heads * self.shape.head_dim;
-        self.attention(Part::new(qkv, 0), KeyValue::packed(qkv, first_key, self.shape), window)
+        self.attention(&Part::new(qkv, 0), &KeyValue::packed(qkv, first_key, self.shape), window)
     }
 
     /// Attention of queries `[R, N·D]` to keys and values `[R, G·D]` of the pass and of the cache. With a window a
     /// query sees that many keys, itself included.
-    pub(crate) fn attention(&mut self, query: Part, new: KeyValue, window: Option<usize>) -> Result<Var> {
+    pub(crate) fn attention(&mut self, query: &Part, new: &KeyValue, window: Option<usize>) -> Result<Var> {
         let (tape, shape, device) = (self.tape, self.shape, query.of.value().device());
         let n = query.of.rows_cols().0;
         let attend = |base: &KeyValue, spans: Vec<(u32, u32)>, extras: &[(KeyValue, Option<Tensor>)]| {
@@ -87,7 +87,7 @@ impl<'t, 'p> Pass<'t, 'p> {
             Ok(tape.attention(&Attention { shape, query: query.clone(), base, spans: &spans, extras })?)
         };
         let (cache, first, tree) = match &mut self.sight {
-            Sight::Documents(bounds) => return attend(&new, document_spans(bounds, window), &[]),
+            Sight::Documents(bounds) => return attend(new, document_spans(bounds, window), &[]),
             Sight::Cached { cache, first, tree } => (cache, *first, *tree),
         };
         let width = shape.n_kv_heads * shape.head_dim;

@@ -82,7 +82,7 @@ impl Layer for Qwen3Layer {
         let k = pass.rope(&tape.rms_norm(&k, self.k_norm, pass.eps)?)?;
         // 3. Attention to what the window shows, and the residual sum.
         let kv = KeyValue::new(&k, &v);
-        let a = pass.attention(Part::new(&q, 0), kv, self.window)?;
+        let a = pass.attention(&Part::new(&q, 0), &kv, self.window)?;
         let h = tape.linear_add(&a, &self.o_proj, h)?;
         // 4. MLP of the normed state, and the residual sum.
         let x = tape.rms_norm(&h, self.post_attention_layernorm, pass.eps)?;

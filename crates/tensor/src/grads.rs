@@ -19,36 +19,57 @@ impl Grads {
         self.by_param.get(id.0).and_then(Option::as_ref)
     }
 
-    /// Hands out the gradients of some parameters for adding to; zeros at first use. Those of parameters that are
-    /// stacked lie together, as the parameters do.
+    /// Hands out the gradients of some parameters for adding to; zeros at first use.
     pub(crate) fn with<T>(
         &mut self,
         params: &Params,
         ids: &[ParamId],
         f: impl FnOnce(&mut [Tensor]) -> Result<T>,
     ) -> Result<T> {
+        self.hand_out(params, ids, true, |grads, _| f(grads))
+    }
+
+    /// As [`Grads::with`], for an operation that writes every element: told that the gradients are fresh, it need not
+    /// read them. Those of parameters that are stacked lie together, as the parameters do.
+    pub(crate) fn with_fresh<T>(
+        &mut self,
+        params: &Params,
+        ids: &[ParamId],
+        f: impl FnOnce(&mut [Tensor], bool) -> Result<T>,
+    ) -> Result<T> {
+        self.hand_out(params, ids, false, f)
+    }
+
+    fn hand_out<T>(
+        &mut self,
+        params: &Params,
+        ids: &[ParamId],
+        zeroed: bool,
+        f: impl FnOnce(&mut [Tensor], bool) -> Result<T>,
+    ) -> Result<T> {
         self.by_param.resize_with(params.len(), || None);
+        // Part of a stack gets zeros: what the others of the stack will get is not known yet.
+        let is_fresh = |id: &ParamId| {
+            self.by_param[id.0].is_none() && params.stack_of(*id).iter().all(|s| ids.contains(s))
+        };
+        let fresh = !zeroed && ids.iter().all(is_fresh);
         for id in ids {
             if self.by_param[id.0].is_none() {
-                self.start(params, params.stack_of(*id))?;
+                self.start(params, params.stack_of(*id), fresh)?;
             }
         }
         let mut taken: Vec<Tensor> =
             ids.iter().map(|id| self.by_param[id.0].take().expect("just started")).collect();
-        let done = f(&mut taken);
+        let done = f(&mut taken, fresh);
         for (id, grad) in ids.iter().zip(taken) {
             self.by_param[id.0] = Some(grad);
         }
         done
     }
 
-    fn start(&mut self, params: &Params, ids: &[ParamId]) -> Result<()> {
-        let zeros = |id: &ParamId| {
-            let value = &params.get(*id).value;
-            Tensor::zeros(value.device(), value.shape())
-        };
-        let mut grads = ids.iter().map(zeros).collect::<Result<Vec<_>>>()?;
-        Tensor::lay_together(&mut grads.iter_mut().collect::<Vec<_>>())?;
+    fn start(&mut self, params: &Params, ids: &[ParamId], unwritten: bool) -> Result<()> {
+        let shapes: Vec<&Tensor> = ids.iter().map(|id| &params.get(*id).value).collect();
+        let grads = Tensor::float32_together(&shapes, unwritten)?;
         for (id, grad) in ids.iter().zip(grads) {
             self.by_param[id.0] = Some(grad);
         }

@@ -214,8 +214,15 @@ pub trait Kernels: Debug + Sync {
         cols: Range<usize>,
         into: Option<Tensor>,
     ) -> Result<Tensor>;
-    /// `dw[:, cols] += dyᵀ · x`.
-    fn linear_wgrad(&self, dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>) -> Result<()>;
+    /// `dw[:, cols] += dyᵀ · x`; for fresh gradients `dw = dyᵀ · x`, whatever is there.
+    fn linear_wgrad(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        dw: &mut [Tensor],
+        cols: Range<usize>,
+        fresh: bool,
+    ) -> Result<()>;
     /// `db += sum over rows of dy`.
     fn bias_grad(&self, dy: &Tensor, db: &mut [Tensor]) -> Result<()>;
     /// `y = x / rms(x) * w` per row, and `1 / rms(x)`.
@@ -272,13 +279,13 @@ pub trait Kernels: Debug + Sync {
     /// The same of given logits `[R, V]`.
     fn logit_stats(&self, logits: &Tensor) -> Result<VocabStats>;
     /// The fused head and soft-target loss of draft rows `x [R, H]`, head `[Vd, H]`. The objective's gradient for x
-    /// is returned if wanted, that for the head is added to `dhead` if given.
+    /// is returned if wanted, that for the head is added to `dhead` if given, or written there if it is fresh.
     fn soft_target_loss(
         &self,
         x: &Tensor,
         head: &Tensor,
         targets: &SoftTargets<'_>,
-        dhead: Option<&mut Tensor>,
+        dhead: Option<(&mut Tensor, bool)>,
     ) -> Result<RowLoss>;
     /// What the storage of a parameter loses of its float32 value: nothing where it is float32. Together with the
     /// parameter it makes the master weight exactly.

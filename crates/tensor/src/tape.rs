@@ -103,6 +103,18 @@ impl Sink<'_> {
         self.grads.with(self.params, &[id], |grads| f(grads.first_mut()))
     }
 
+    /// As [`Sink::params`], for an operation that writes every element where the gradients are fresh.
+    pub(crate) fn fresh_params(
+        &mut self,
+        ids: &[ParamId],
+        f: impl FnOnce(&mut [Tensor], bool) -> Result<()>,
+    ) -> Result<()> {
+        if ids.iter().all(|id| self.params.get(*id).trainable) {
+            self.grads.with_fresh(self.params, ids, f)?;
+        }
+        Ok(())
+    }
+
     /// The gradients of parameters for adding to; `f` is not called for frozen ones.
     pub(crate) fn params(
         &mut self,
@@ -207,16 +219,18 @@ impl<'p> Tape<'p> {
         self.is_recording() && self.params.get(id).trainable
     }
 
-    /// Lets a terminal operation add to parameter gradients during the forward.
+    /// Lets a terminal operation write parameter gradients during the forward: it is told whether they are fresh, and
+    /// then writes every element.
     pub(crate) fn with_param_grad<T>(
         &self,
         id: ParamId,
-        f: impl FnOnce(Option<&mut Tensor>) -> Result<T>,
+        f: impl FnOnce(Option<(&mut Tensor, bool)>) -> Result<T>,
     ) -> Result<T> {
         if !self.is_trained(id) {
             return f(None);
         }
-        self.grads.borrow_mut().with(self.params, &[id], |grads| f(grads.first_mut()))
+        let mut all = self.grads.borrow_mut();
+        all.with_fresh(self.params, &[id], |grads, fresh| f(grads.first_mut().map(|grad| (grad, fresh))))
     }
 
     /// Leaves the gradient of a terminal operation's input for [`Tape::backward`].

@@ -143,6 +143,17 @@ impl Tensor {
         Self::zeros_of(device, device.storage(), shape)
     }
 
+    /// A tensor of activations whose elements an operation is about to write, every one.
+    pub(crate) fn unwritten(device: Device, shape: &[usize]) -> Result<Self> {
+        match device.gpu() {
+            None => Self::activations(device, shape),
+            Some(gpu) => {
+                let stored = Stored::new(gpu, device.storage(), shape.iter().product())?;
+                Ok(Self::from_stored(device, stored, shape))
+            }
+        }
+    }
+
     fn zeros_of(device: Device, dtype: DType, shape: &[usize]) -> Result<Self> {
         let n: usize = shape.iter().product();
         match device.gpu() {
@@ -420,6 +431,18 @@ impl Tensor {
             self.buffer = Arc::new(Buffer::Cuda(copy));
         }
         Ok(self.stored().expect("a tensor of a CUDA device"))
+    }
+
+    /// Float32 tensors of these shapes, one behind the other on a device: zeros, or left unwritten for an operation that
+    /// writes all of them.
+    pub(crate) fn float32_together(like: &[&Self], unwritten: bool) -> Result<Vec<Self>> {
+        let device = like.first().map_or(Device::Cpu, |t| t.device);
+        let Some(gpu) = device.gpu() else {
+            return like.iter().map(|t| Self::zeros(device, &t.shape)).collect();
+        };
+        let lengths: Vec<usize> = like.iter().map(|t| t.len()).collect();
+        let stored = Stored::float32_together(gpu, &lengths, unwritten)?;
+        Ok(like.iter().zip(stored).map(|(t, stored)| Self::from_stored(device, stored, &t.shape)).collect())
     }
 
     /// Lets matrices of the same width lie one below the other in one piece of device memory, so that a product can

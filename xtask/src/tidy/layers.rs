@@ -3,7 +3,8 @@
 use super::{Violation, crate_of, violation};
 
 /// From the bottom up; crates of one layer do not depend on each other.
-const LAYERS: [&[&str]; 8] = [
+const LAYERS: [&[&str]; 9] = [
+    &["cuda"],
     &["tensor"],
     &["nn"],
     &["models", "data", "store"],

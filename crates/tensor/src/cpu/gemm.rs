@@ -231,7 +231,7 @@ pub(super) fn linear_dgrad(dy: &Tensor, w: &[&Tensor], cols: Range<usize>, into:
     rows::onto(into, tensor(dx, &[r, cols.len()]))
 }
 
-pub(super) fn linear_wgrad(dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>) {
+pub(super) fn linear_wgrad(dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>, fresh: bool) {
     let (r, n_all) = dy.rows_cols();
     let (dy, x) = (dy.f32s(), x.f32s());
     let mut first = 0;
@@ -239,7 +239,7 @@ pub(super) fn linear_wgrad(dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Ran
         let (n, k_all) = dw.rows_cols();
         let dst = &mut f32_mut(dw)[cols.start..];
         let dy = Mat::new(&dy[first.min(dy.len())..], r, n, n_all).t();
-        gemm(dst, k_all, dy, Mat::new(&x, r, cols.len(), cols.len()), true);
+        gemm(dst, k_all, dy, Mat::new(&x, r, cols.len(), cols.len()), !fresh);
         first += n;
     }
 }

@@ -91,7 +91,7 @@ pub(super) fn soft_target_loss(
     x: &Tensor,
     head: &Tensor,
     targets: &SoftTargets<'_>,
-    mut dhead: Option<&mut Tensor>,
+    mut dhead: Option<(&mut Tensor, bool)>,
 ) -> RowLoss {
     let (k, vocab) = (x.rows_cols().1, head.rows_cols().0);
     let shape = x.shape();
@@ -110,7 +110,8 @@ pub(super) fn soft_target_loss(
         if let Some(dx) = &mut dx {
             matmul(&mut dx[rows.start * k..rows.end * k], (&logits, n), (&head, vocab), k);
         }
-        if let Some(dhead) = dhead.as_deref_mut() {
+        // Fresh gradients are zeros here.
+        if let Some((dhead, _)) = &mut dhead {
             matmul_tn_add(f32_mut(dhead), (&logits, vocab), x, n, k);
         }
     }

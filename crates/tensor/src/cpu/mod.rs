@@ -80,8 +80,15 @@ impl Kernels for Cpu {
     ) -> Result<Tensor> {
         Ok(gemm::linear_dgrad(dy, w, cols, into))
     }
-    fn linear_wgrad(&self, dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>) -> Result<()> {
-        gemm::linear_wgrad(dy, x, dw, cols);
+    fn linear_wgrad(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        dw: &mut [Tensor],
+        cols: Range<usize>,
+        fresh: bool,
+    ) -> Result<()> {
+        gemm::linear_wgrad(dy, x, dw, cols, fresh);
         Ok(())
     }
     fn bias_grad(&self, dy: &Tensor, db: &mut [Tensor]) -> Result<()> {
@@ -167,7 +174,7 @@ impl Kernels for Cpu {
         x: &Tensor,
         head: &Tensor,
         targets: &SoftTargets<'_>,
-        dhead: Option<&mut Tensor>,
+        dhead: Option<(&mut Tensor, bool)>,
     ) -> Result<RowLoss> {
         Ok(loss::soft_target_loss(x, head, targets, dhead))
     }

@@ -240,14 +240,13 @@ fn run_backward(call: &Call<'_>, b: &Backward, dextras: &[[Tensor; 2]]) -> Resul
         call.launch(&ATTENTION_BACKWARD, "attention_backward_extras", size, &args)?;
     }
     if call.on_warpgroups()[1] {
+        // Blocks of both kernels fill a multiprocessor; those of dq take over where dk's short ones are done.
         let dkv = ([keys.div_ceil(128) * s.n_kv_heads, 1], 384, 512 * d + 8 * (128 * d + 1024) + 1024);
-        call.launch(&ATTENTION_BACKWARD_WGMMA, "attention_backward_dkv_wgmma", dkv, &[b_arg])?;
         let dq = ([rows.div_ceil(128) * s.n_heads, 1], 384, 512 * d + 4 * 256 * d + 1024);
-        return call.launch(
-            &ATTENTION_BACKWARD_WGMMA,
-            "attention_backward_dq_wgmma",
-            dq,
-            &[b_arg, extras_arg],
+        let unit = &ATTENTION_BACKWARD_WGMMA;
+        return call.gpu.side_by_side(
+            || call.launch(unit, "attention_backward_dkv_wgmma", dkv, &[b_arg]),
+            || call.launch(unit, "attention_backward_dq_wgmma", dq, &[b_arg, extras_arg]),
         );
     }
     let n = if d > 128 { 32 } else { 64 };

@@ -147,11 +147,17 @@ pub(super) fn linear_dgrad(
     Ok(dx)
 }
 
-pub(super) fn linear_wgrad(dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>) -> Result<()> {
+pub(super) fn linear_wgrad(
+    dy: &Tensor,
+    x: &Tensor,
+    dw: &mut [Tensor],
+    cols: Range<usize>,
+    fresh: bool,
+) -> Result<()> {
     let (dy, x) = (in_bf16(dy)?, in_bf16(x)?);
     let ((r, n), k) = (dy.rows_cols(), cols.len());
     if r == 0 {
-        return Ok(());
+        return zero_where(fresh, dw);
     }
     dw.iter_mut().try_for_each(|dw| at_mut(dw).map(|_| ()))?;
     let dw: Vec<&Tensor> = dw.iter().collect();
@@ -167,11 +173,19 @@ pub(super) fn linear_wgrad(dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Ran
             input: GemmType::Bf16,
             d,
             output: GemmType::F32,
-            c: Some(d),
+            c: (!fresh).then_some(d),
             bias: None,
             scales: None,
         };
         gpu_of(&dy).gemm(&gemm)?;
+    }
+    Ok(())
+}
+
+/// A product over no rows: fresh gradients are zeros then.
+fn zero_where(fresh: bool, dw: &mut [Tensor]) -> Result<()> {
+    for dw in dw.iter_mut().filter(|_| fresh) {
+        gpu_of(dw).fill_zero(at_mut(dw)?, 4 * dw.len())?;
     }
     Ok(())
 }

@@ -35,14 +35,26 @@ fn head_dgrad(dlogits: &Tensor, head: &Tensor, dx: &Tensor, first: usize) -> Res
     Ok(gpu_of(dx).gemm(&gemm)?)
 }
 
-/// `dhead += dlogitsᵀ · x[first..]`.
-fn head_wgrad(dlogits: &Tensor, x: &Tensor, first: usize, dhead: &mut Tensor) -> Result<()> {
+/// `dhead += dlogitsᵀ · x[first..]`, or `=` where it is fresh.
+fn head_wgrad(dlogits: &Tensor, x: &Tensor, first: usize, dhead: &mut Tensor, fresh: bool) -> Result<()> {
     let ((n, vocab), k) = (dlogits.rows_cols(), x.rows_cols().1);
     let a = Operand { transposed: true, ..plain(at(dlogits)?, vocab) };
     let b = plain(at(x)? + (2 * first * k) as u64, k);
     let d = plain(at_mut(dhead)?, k);
     let (input, output) = (GemmType::Bf16, GemmType::F32);
-    let gemm = Gemm { m: vocab, n: k, k: n, a, b, input, d, output, c: Some(d), bias: None, scales: None };
+    let gemm = Gemm {
+        m: vocab,
+        n: k,
+        k: n,
+        a,
+        b,
+        input,
+        d,
+        output,
+        c: (!fresh).then_some(d),
+        bias: None,
+        scales: None,
+    };
     Ok(gpu_of(x).gemm(&gemm)?)
 }
 
@@ -185,7 +197,7 @@ pub(super) fn soft_target_loss(
     x: &Tensor,
     head: &Tensor,
     targets: &SoftTargets<'_>,
-    mut dhead: Option<&mut Tensor>,
+    mut dhead: Option<(&mut Tensor, bool)>,
 ) -> Result<RowLoss> {
     let (x, head) = (in_bf16(x)?, in_bf16(head)?);
     let ((n_rows, k), vocab) = (x.rows_cols(), head.rows_cols().0);
@@ -206,6 +218,9 @@ pub(super) fn soft_target_loss(
     let dx = targets.wants_dx.then(|| output(&x, DType::Bf16, &[n_rows, k])).transpose()?;
     let wants_gradient = dx.is_some() || dhead.is_some();
     let places = local.u32s().expect("just made");
+    if let Some((dhead, true)) = dhead.as_mut().filter(|_| places.is_empty()) {
+        gpu_of(&x).fill_zero(at_mut(dhead)?, 4 * dhead.len())?;
+    }
     for rows in teacher_chunks(places, (CHUNK / (2 * vocab).max(1)).max(1)) {
         let (first, end) = (places[rows.start] as usize, places[rows.end - 1] as usize + 1);
         let (teacher_logits, teacher_lse) = teacher.chunk(first, end - first)?;
@@ -235,8 +250,8 @@ pub(super) fn soft_target_loss(
         if let Some(dx) = &dx {
             head_dgrad(&logits, &head, dx, rows.start)?;
         }
-        if let Some(dhead) = dhead.as_deref_mut() {
-            head_wgrad(&logits, &x, rows.start, dhead)?;
+        if let Some((dhead, fresh)) = &mut dhead {
+            head_wgrad(&logits, &x, rows.start, dhead, std::mem::take(fresh))?;
         }
     }
     Ok(RowLoss { figures: figures.read()?, dx })

@@ -55,8 +55,15 @@ impl Kernels for Cuda {
     ) -> Result<Tensor> {
         gemm::linear_dgrad(dy, w, cols, into)
     }
-    fn linear_wgrad(&self, dy: &Tensor, x: &Tensor, dw: &mut [Tensor], cols: Range<usize>) -> Result<()> {
-        gemm::linear_wgrad(dy, x, dw, cols)
+    fn linear_wgrad(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        dw: &mut [Tensor],
+        cols: Range<usize>,
+        fresh: bool,
+    ) -> Result<()> {
+        gemm::linear_wgrad(dy, x, dw, cols, fresh)
     }
     fn bias_grad(&self, dy: &Tensor, db: &mut [Tensor]) -> Result<()> {
         gemm::bias_grad(dy, db)
@@ -134,7 +141,7 @@ impl Kernels for Cuda {
         x: &Tensor,
         head: &Tensor,
         targets: &SoftTargets<'_>,
-        dhead: Option<&mut Tensor>,
+        dhead: Option<(&mut Tensor, bool)>,
     ) -> Result<RowLoss> {
         loss::soft_target_loss(x, head, targets, dhead)
     }

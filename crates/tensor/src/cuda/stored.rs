@@ -238,6 +238,23 @@ impl Stored {
         Ok(copies)
     }
 
+    /// Float32 storages of these lengths, one behind the other: zeros, or unwritten.
+    pub(crate) fn float32_together(
+        gpu: &'static Gpu,
+        lengths: &[usize],
+        unwritten: bool,
+    ) -> Result<Vec<Self>> {
+        let bytes = 4 * lengths.iter().sum::<usize>();
+        let memory = if unwritten { gpu.alloc(bytes)? } else { gpu.alloc_zeroed(bytes)? };
+        let mut first = 0;
+        let storage = |&len: &usize| {
+            let stored = Self::over(memory.clone(), first, DType::F32, len);
+            first += 4 * len;
+            stored
+        };
+        Ok(lengths.iter().map(storage).collect())
+    }
+
     /// Whether `next` lies right behind it.
     pub(crate) fn is_before(&self, next: &Self) -> Result<bool> {
         Ok(self.dtype == next.dtype && self.address()? + self.bytes() as u64 == next.address()?)

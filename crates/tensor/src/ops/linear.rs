@@ -105,7 +105,12 @@ impl Tape<'_> {
 impl Backward for Linear {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
         let kernels = dy.device().kernels();
-        sink.params(&self.w.params, |dw| kernels.linear_wgrad(&dy, self.x.value(), dw, self.cols.clone()))?;
+        let (x, cols) = (self.x.value(), self.cols.clone());
+        if cols == (0..self.weights[0].rows_cols().1) {
+            sink.fresh_params(&self.w.params, |dw, fresh| kernels.linear_wgrad(&dy, x, dw, cols, fresh))?;
+        } else {
+            sink.params(&self.w.params, |dw| kernels.linear_wgrad(&dy, x, dw, cols, false))?;
+        }
         sink.params(&self.w.biases, |db| kernels.bias_grad(&dy, db))?;
         let weights: Vec<&Tensor> = self.weights.iter().collect();
         sink.add_onto(&self.x, |into| kernels.linear_dgrad(&dy, &weights, self.cols.clone(), into))?;

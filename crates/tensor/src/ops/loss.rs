@@ -187,20 +187,22 @@ impl Tape<'_> {
         check(a, &head)?;
         let (device, n_groups, objective) = (a.x.value().device(), a.group_weight.len(), a.objective);
         let teacher_row = Tensor::from_u32(device, a.rows.teacher_row.clone());
-        let run =
-            |[ce, acceptance]: [Vec<f32>; 2], dhead: Option<&mut Tensor>, with_gradient| -> Result<RowLoss> {
-                let n = ce.len();
-                let targets = SoftTargets {
-                    teacher: a.teacher,
-                    logsumexp: a.logsumexp,
-                    teacher_row: &teacher_row,
-                    ce_weight: &Tensor::from_f32(device, ce, &[n])?,
-                    acceptance_weight: &Tensor::from_f32(device, acceptance, &[n])?,
-                    log_acceptance: objective == Objective::LkAlpha,
-                    wants_dx: a.x.is_needed() && with_gradient,
-                };
-                device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead)
+        let run = |[ce, acceptance]: [Vec<f32>; 2],
+                   dhead: Option<(&mut Tensor, bool)>,
+                   with_gradient|
+         -> Result<RowLoss> {
+            let n = ce.len();
+            let targets = SoftTargets {
+                teacher: a.teacher,
+                logsumexp: a.logsumexp,
+                teacher_row: &teacher_row,
+                ce_weight: &Tensor::from_f32(device, ce, &[n])?,
+                acceptance_weight: &Tensor::from_f32(device, acceptance, &[n])?,
+                log_acceptance: objective == Objective::LkAlpha,
+                wants_dx: a.x.is_needed() && with_gradient,
             };
+            device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead)
+        };
         // The lambda objective's weights need every row's acceptance before any gradient.
         let mut groups = vec![GroupLoss::default(); n_groups];
         a.rows.group.iter().for_each(|&g| groups[g as usize].count += 1.0);

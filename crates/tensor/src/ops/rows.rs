@@ -63,7 +63,8 @@ impl Tape<'_> {
     pub fn collect_rows(&self, sources: Vec<Collected>, n_rows: usize) -> Result<Var> {
         let width = sources.first().map_or(0, |c| c.source.rows_cols().1);
         let device = sources.first().map_or(crate::Device::Cpu, |c| c.source.value().device());
-        let mut y = Tensor::activations(device, &[n_rows, width])?;
+        // Every row is named once: nothing is left unwritten.
+        let mut y = Tensor::unwritten(device, &[n_rows, width])?;
         let kernels = device.kernels();
         for c in &sources {
             expect_cols("collect_rows", "source", c.source.value(), width)?;
@@ -106,17 +107,34 @@ impl Backward for GatherRows {
 
 impl Backward for CollectRows {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
+        let kernels = dy.device().kernels();
         for c in &self.sources {
-            let rows = dy.device().kernels().gather_rows(&dy, &c.to)?;
-            sink.add_onto(&c.source, |sum| {
-                let shape = c.source.value().shape();
-                let mut d = sum.map_or_else(|| Tensor::activations(dy.device(), shape), Ok)?;
-                dy.device().kernels().scatter_add_rows(&mut d, &c.from, &rows)?;
-                Ok(d)
+            let rows = c.source.rows_cols().0;
+            sink.add_onto(&c.source, |sum| match (sum, inverse(c, rows)) {
+                (None, Some(index)) => kernels.gather_rows(&dy, &Tensor::from_u32(dy.device(), index)),
+                (sum, _) => {
+                    let zeros = || Tensor::activations(dy.device(), c.source.value().shape());
+                    let mut d = sum.map_or_else(zeros, Ok)?;
+                    kernels.scatter_add_rows(&mut d, &c.from, &kernels.gather_rows(&dy, &c.to)?)?;
+                    Ok(d)
+                }
             })?;
         }
         Ok(())
     }
+}
+
+/// For each row of a source its place in the collection, `u32::MAX` for none; nothing if a row has several.
+fn inverse(c: &Collected, rows: usize) -> Option<Vec<u32>> {
+    let mut index = vec![u32::MAX; rows];
+    for (&from, &to) in c.from.u32s()?.iter().zip(c.to.u32s()?) {
+        let place = &mut index[from as usize];
+        if *place != u32::MAX {
+            return None;
+        }
+        *place = to;
+    }
+    Some(index)
 }
 
 impl Backward for Columns {

@@ -51,6 +51,6 @@ fn measure(args: &Args, device: Device) -> Result<[Spread; 3]> {
     Ok([
         time(device, args.repeats, || Ok(kernels.linear(&x, &[&w], 0..k, &[], None).map(drop)?))?,
         time(device, args.repeats, || Ok(kernels.linear_dgrad(&dy, &[&w], 0..k, None).map(drop)?))?,
-        time(device, args.repeats, || Ok(kernels.linear_wgrad(&dy, &x, &mut dw, 0..k)?))?,
+        time(device, args.repeats, || Ok(kernels.linear_wgrad(&dy, &x, &mut dw, 0..k, false)?))?,
     ])
 }

@@ -107,7 +107,7 @@ impl Inputs {
         // Nobody reads the figures: they come later, on their own.
         Ok(device
             .kernels()
-            .soft_target_loss(&self.x, &self.head, &targets, Some(&mut self.dhead))
+            .soft_target_loss(&self.x, &self.head, &targets, Some((&mut self.dhead, false)))
             .map(drop)?)
     }
 }
