@@ -130,11 +130,12 @@ pub(crate) fn frozen(plan: &RunPlan, info: &TargetInfo) -> Result<Frozen> {
     let (shape, device) = ([info.vocab_size, info.hidden_size], device(plan)?);
     let read = |name: &str| -> Result<Tensor> {
         let values = weights.require(name, &shape)?.to_f32();
-        Ok(Tensor::from_f32(Device::Cpu, values, &shape)?.cast(device.storage())?.to_device(device)?)
+        Ok(Tensor::from_f32(Device::Cpu, values, &shape)?.cast(device.storage())?)
     };
+    // A batch reads a few rows of the embedding: it stays on the host.
     let embedding = read("model.embed_tokens.weight")?;
     let head = if info.tie_word_embeddings { embedding.clone() } else { read("lm_head.weight")? };
-    Ok(Frozen { embedding, head })
+    Ok(Frozen { head: head.to_device(device)?, embedding })
 }
 
 /// The draft with fresh weights, its vocabulary counted over the supervised tokens of the prepared set.

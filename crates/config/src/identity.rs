@@ -98,6 +98,8 @@ fn train_identity(train: &TrainPlan) -> Value {
         length,
         tokens_per_batch,
         accumulation,
+        // Another order of the same sums, where memory is short.
+        on_oom: _,
         log_every: _,
         eval_every: _,
         save_every: _,

@@ -23,6 +23,6 @@ pub use plan::{DataPlan, EvalPlan, ExportPlan, Length, RunPlan, StorePlan, Targe
 pub use provenance::{Origin, Provenance};
 pub use recipe::{Recipe, Setting};
 pub use run::{
-    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, ExportConfig, Mode,
+    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, ExportConfig, Mode, OnOom,
     RunConfig, StoreConfig, TargetConfig, TargetDType, TrainConfig,
 };

@@ -10,7 +10,7 @@ use specforge_nn::schedule::ScheduleConfig;
 use specforge_store::Encoding;
 
 use crate::error::{Error, Result};
-use crate::run::{CaptureConfig, DeviceChoice, Mode, TargetDType};
+use crate::run::{CaptureConfig, DeviceChoice, Mode, OnOom, TargetDType};
 
 /// Everything that a run needs to know. It is saved as JSON beside every checkpoint; keys are those of the recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -105,6 +105,8 @@ pub struct TrainPlan {
     pub tokens_per_batch: usize,
     /// Micro-batches of one optimizer step.
     pub accumulation: usize,
+    /// What happens where a micro-batch does not fit into device memory.
+    pub on_oom: OnOom,
     /// Steps between two lines of the log.
     pub log_every: u64,
     /// Steps between two evaluations; `None`: only at the end.

@@ -12,7 +12,7 @@ use specforge_methods::MethodConfig;
 use specforge_store::Encoding;
 
 pub use evaluation::{EvalConfig, ExportConfig};
-pub use training::TrainConfig;
+pub use training::{OnOom, TrainConfig};
 
 /// A recipe. Relative paths are relative to the current directory of the command, not to the recipe file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

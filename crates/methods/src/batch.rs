@@ -107,6 +107,42 @@ impl Batch {
         Ok(Self { hidden_states: self.hidden_states.to_device(device)?, teacher, ..self })
     }
 
+    /// The documents of the first half and those of the second, by tokens; nothing to split in a single document.
+    pub fn halves(&self) -> Result<Option<[Self; 2]>> {
+        let half = self.n_tokens() / 2;
+        let first = self.bounds.iter().filter(|b| b.end <= half).count().max(1);
+        if first >= self.bounds.len() {
+            return Ok(None);
+        }
+        Ok(Some([self.documents(0..first)?, self.documents(first..self.bounds.len())?]))
+    }
+
+    fn documents(&self, which: Range<usize>) -> Result<Self> {
+        let bounds = &self.bounds[which.clone()];
+        let tokens = bounds[0].start..bounds[bounds.len() - 1].end;
+        let teacher = match &self.teacher {
+            Teacher::LastHidden { hidden, argmax, logsumexp } => Teacher::LastHidden {
+                hidden: hidden.rows(tokens.clone())?,
+                argmax: argmax[tokens.clone()].to_vec(),
+                logsumexp: logsumexp
+                    .reshape(&[logsumexp.len(), 1])?
+                    .rows(tokens.clone())?
+                    .reshape(&[tokens.len()])?,
+            },
+            Teacher::Logits(logits) => Teacher::Logits(logits.rows(tokens.clone())?),
+        };
+        Ok(Self {
+            rows: self.rows[which.clone()].to_vec(),
+            bounds: bounds.iter().map(|b| b.start - tokens.start..b.end - tokens.start).collect(),
+            input_ids: self.input_ids[tokens.clone()].to_vec(),
+            loss_mask: self.loss_mask[tokens.clone()].to_vec(),
+            positions: self.positions[tokens.clone()].to_vec(),
+            hidden_states: self.hidden_states.rows(tokens)?,
+            teacher,
+            position_weight: self.position_weight.as_ref().map(|weight| weight[which].to_vec()),
+        })
+    }
+
     /// The number of tokens.
     pub fn n_tokens(&self) -> usize {
         self.input_ids.len()

@@ -386,7 +386,7 @@ impl Eagle3 {
         vocab: VocabMap,
         seed: u64,
     ) -> Result<(Self, Params)> {
-        let device = frozen.embedding.device();
+        let device = frozen.head.device();
         let draw = |name: &str, shape: &[usize]| {
             Ok(init::normal(device, shape, config.initializer_range, seed, name)?)
         };
@@ -402,7 +402,7 @@ impl Eagle3 {
         draw: impl Fn(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<(Self, Params)> {
         let dims = Dims::resolve(config, target, vocab.len())?;
-        let device = frozen.embedding.device();
+        let device = frozen.head.device();
         let mut params = Params::new();
         for (name, shape) in dims.weights() {
             if name == "embed_tokens.weight" && frozen.embedding.shape() == shape {
@@ -532,7 +532,7 @@ impl Eagle3 {
         let h = tape.linear_add(a, &m.o_proj, h)?;
         let n = tape.rms_norm(&h, m.post_attention_layernorm, self.eps())?;
         let gate_up = tape.linear(&n, &m.gate_up_proj)?;
-        Ok(tape.linear_add(&tape.swiglu(&gate_up)?, &m.down_proj, &h)?)
+        Ok(tape.swiglu_linear_add(&gate_up, &m.down_proj, &h)?)
     }
 
     /// All TTT steps; returns the states that the head reads for the rows with loss, in the order of `plan.rows`.

@@ -82,7 +82,7 @@ pub enum MethodConfig {
 /// The frozen parts of the target that a draft reads.
 #[derive(Debug, Clone)]
 pub struct Frozen {
-    /// Token embeddings, `[V, Ht]`.
+    /// Token embeddings, `[V, Ht]`; a draft that shares them may read them from the host while it trains on a device.
     pub embedding: Tensor,
     /// The language-model head, `[V, Ht]`.
     pub head: Tensor,

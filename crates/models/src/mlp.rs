@@ -1,15 +1,19 @@
 //! The SwiGLU MLP (Shazeer, 2020) that most families share.
 
-use specforge_tensor::{Tape, Var, Weight};
+use specforge_tensor::{Tape, Tensor, Var, Weight};
 
 use crate::loader::Loader;
 use crate::{Result, TargetInfo};
+
+/// Bytes of gate and up that exist at once. Small in this crate's own tests, so that they cross chunks.
+const CHUNK: usize = if cfg!(test) { 1 << 12 } else { 1 << 30 };
 
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
 pub(crate) struct Mlp {
     gate_up: Weight,
     down: Weight,
+    intermediate: usize,
 }
 
 impl Mlp {
@@ -18,12 +22,38 @@ impl Mlp {
         Ok(Self {
             gate_up: loader.stacked(&[("gate_proj", i), ("up_proj", i)], h, bias)?,
             down: loader.linear("down_proj", i, h, bias)?,
+            intermediate: i,
         })
     }
 
-    /// The residual stream `h` with the MLP of its normed state `x` added.
+    /// The residual stream `h` with the MLP of its normed state `x` added. Long inputs go in chunks of rows, so that
+    /// the widest activation of a target keeps within [`CHUNK`].
     pub(crate) fn add_to(&self, tape: &Tape<'_>, h: &Var, x: &Var) -> Result<Var> {
+        let (n, row) = (x.rows_cols().0, self.row_bytes(x.value()));
+        let most = (CHUNK / row.max(1)).max(1);
+        if n <= most {
+            return self.chunk(tape, h, x);
+        }
+        let mut all: Option<Tensor> = None;
+        for first in (0..n).step_by(most) {
+            let rows = first..(first + most).min(n);
+            let part = |v: &Var| Ok::<_, crate::Error>(tape.input(v.value().rows(rows.clone())?));
+            let y = self.chunk(tape, &part(h)?, &part(x)?)?;
+            match &mut all {
+                Some(all) => all.append_rows(y.value())?,
+                None => all = Some(y.value().clone()),
+            }
+        }
+        Ok(tape.input(all.expect("more rows than one chunk has")))
+    }
+
+    fn chunk(&self, tape: &Tape<'_>, h: &Var, x: &Var) -> Result<Var> {
         let gate_up = tape.linear(x, &self.gate_up)?;
         Ok(tape.linear_add(&tape.swiglu(&gate_up)?, &self.down, h)?)
+    }
+
+    /// Bytes of a row of gate and up.
+    fn row_bytes(&self, x: &Tensor) -> usize {
+        2 * self.intermediate * x.dtype().size()
     }
 }

@@ -258,8 +258,8 @@ pub trait Kernels: Debug + Sync {
     ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)>;
     /// `silu(gate) * up` of a packed `[R, 2 I]`: gate, then up.
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor>;
-    /// Gradient of [`Kernels::swiglu`], packed like its input.
-    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<Tensor>;
+    /// Gradient of [`Kernels::swiglu`], packed like its input, and once more what it computed.
+    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)>;
     /// `a + b`.
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor>;
     /// `dst += src`.

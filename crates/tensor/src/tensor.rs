@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use crate::cuda::Stored;
-use crate::{Device, Error, Result};
+use crate::{Device, Error, Later, Result};
 
 /// Element types of tensors. Arithmetic is float32 on the CPU whatever the storage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -381,6 +381,14 @@ impl Tensor {
             (Some(values), _) => values.to_vec(),
             (None, DType::U32) => self.on_host().to_u32(),
             _ => Vec::new(),
+        }
+    }
+
+    /// As [`Tensor::to_u32`], when a device has got there.
+    pub fn later_u32(&self) -> Result<Later<Vec<u32>>> {
+        match self.stored() {
+            Some(stored) if stored.index().is_none() => stored.later_u32(),
+            _ => Ok(Later::ready(self.to_u32())),
         }
     }
 

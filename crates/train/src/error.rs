@@ -25,6 +25,16 @@ pub enum Error {
         /// Where training can be taken up again.
         checkpoint: String,
     },
+    /// A micro-batch does not fit into device memory.
+    #[error(
+        "{source}; the micro-batch has {tokens} tokens: lower train.tokens-per-batch (and data.max-length with it), or set train.on-oom = \"shrink\""
+    )]
+    OutOfMemory {
+        /// What was asked for, what is free, what this process holds.
+        source: Box<Self>,
+        /// Tokens of the micro-batch.
+        tokens: usize,
+    },
     /// A checkpoint that cannot be read or does not belong to the run.
     #[error("checkpoint {path}: {reason}")]
     Checkpoint {
@@ -81,3 +91,20 @@ pub enum Error {
 
 /// The result of a call into the loop.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Whether device memory ran out.
+    pub(crate) fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Tensor(error) | Self::Method(specforge_methods::Error::Tensor(error)) => {
+                error.is_out_of_memory()
+            }
+            _ => false,
+        }
+    }
+
+    /// Says how large the micro-batch was that did not fit.
+    pub(crate) fn of_batch(self, tokens: usize) -> Self {
+        if self.is_out_of_memory() { Self::OutOfMemory { source: Box::new(self), tokens } } else { self }
+    }
+}

@@ -26,31 +26,85 @@ pub(crate) struct PendingStep {
 /// Trains on the micro-batches of one step. Sums and weights are added over all of them and divided once.
 ///
 /// Nothing waits for a device; [`PendingStep::wait`] does. A step whose loss or gradient is not finite applies nothing.
+/// With `shrink`, a step that does not fit into device memory is taken again with its micro-batches halved.
 pub(crate) fn step(
     method: &dyn DraftMethod,
     (params, optimizer): (&mut Params, &mut AdamW),
     batches: impl Iterator<Item = Result<Batch>>,
-    lr: f64,
+    (lr, shrink): (f64, bool),
 ) -> Result<PendingStep> {
-    let (mut grads, mut losses, mut rows, mut weight) = (Grads::new(), Vec::new(), Vec::new(), 0.0);
     let number = optimizer.steps() + 1;
+    let mut sums = Sums::default();
+    let mut kept = Vec::new();
     for batch in batches {
         let batch = batch?;
-        rows.extend(&batch.rows);
-        // Forward; the loss leaves its gradients on the tape.
-        let tape = Tape::accumulating(params, grads);
-        let pending = method.loss(&tape, &batch)?;
-        weight += pending.weight;
-        if let Some(loss) = pending.loss.peek() {
-            expect_finite("loss", loss.objective.value(), &rows, number)?;
+        let tokens = batch.n_tokens();
+        match sums.add(method, params, &batch, number) {
+            Err(error) if shrink && error.is_out_of_memory() => {
+                kept.push(batch);
+                (kept, sums) = again(method, params, kept, number)?;
+            }
+            Err(error) => return Err(error.of_batch(tokens)),
+            Ok(()) if shrink => kept.push(batch),
+            Ok(()) => {}
         }
-        losses.push((pending.loss, batch.n_tokens()));
-        // Backward; gradients add up over the micro-batches.
-        grads = tape.backward()?;
     }
     // Divide once, clip, update; nothing is updated if the norm is not finite.
-    let report = optimizer.step(params, &grads, weight, lr)?;
-    Ok(PendingStep { number, rows, losses, report })
+    let report = optimizer.step(params, &sums.grads, sums.weight, lr)?;
+    Ok(PendingStep { number, rows: sums.rows, losses: sums.losses, report })
+}
+
+/// What the micro-batches of a step add up to.
+#[derive(Debug, Default)]
+struct Sums {
+    grads: Grads,
+    weight: f64,
+    losses: Vec<(Later<Loss>, usize)>,
+    rows: Vec<u64>,
+}
+
+impl Sums {
+    /// One micro-batch. After an error the sums are of no use.
+    fn add(&mut self, method: &dyn DraftMethod, params: &Params, batch: &Batch, number: u64) -> Result<()> {
+        self.rows.extend(&batch.rows);
+        // Forward; the loss leaves its gradients on the tape.
+        let tape = Tape::accumulating(params, std::mem::take(&mut self.grads));
+        let pending = method.loss(&tape, batch)?;
+        self.weight += pending.weight;
+        if let Some(loss) = pending.loss.peek() {
+            expect_finite("loss", loss.objective.value(), &self.rows, number)?;
+        }
+        self.losses.push((pending.loss, batch.n_tokens()));
+        // Backward; gradients add up over the micro-batches.
+        self.grads = tape.backward()?;
+        Ok(())
+    }
+}
+
+/// The step so far, from the start, with its micro-batches halved until they fit.
+fn again(
+    method: &dyn DraftMethod,
+    params: &Params,
+    mut batches: Vec<Batch>,
+    number: u64,
+) -> Result<(Vec<Batch>, Sums)> {
+    loop {
+        let mut halves = Vec::new();
+        for batch in &batches {
+            match batch.halves()? {
+                Some(two) => halves.extend(two),
+                None => halves.push(batch.clone()),
+            }
+        }
+        let is_smaller = halves.len() > batches.len();
+        batches = halves;
+        let mut sums = Sums::default();
+        match batches.iter().try_for_each(|batch| sums.add(method, params, batch, number)) {
+            Err(error) if error.is_out_of_memory() && is_smaller => {}
+            Err(error) => return Err(error.of_batch(batches.iter().map(Batch::n_tokens).max().unwrap_or(0))),
+            Ok(()) => return Ok((batches, sums)),
+        }
+    }
 }
 
 impl PendingStep {
@@ -75,7 +129,8 @@ fn expect_finite(what: &'static str, value: f64, rows: &[u64], step: u64) -> Res
     Err(Error::NotFinite { step, what, value, rows: rows.to_vec(), checkpoint: String::new() })
 }
 
-/// Losses and metrics of held-out batches; nothing is trained.
+/// Losses and metrics of held-out batches; nothing is trained. A batch that does not fit into device memory goes in
+/// halves.
 pub(crate) fn evaluate(
     method: &dyn DraftMethod,
     params: &Params,
@@ -83,9 +138,25 @@ pub(crate) fn evaluate(
 ) -> Result<Figures> {
     let mut figures = Figures::default();
     for batch in batches {
-        let batch = batch?;
-        let loss = method.loss(&Tape::inference(params), &batch)?.loss.wait()?;
-        figures.add(&loss, batch.n_tokens());
+        evaluate_batch(method, params, &batch?, &mut figures)?;
     }
     Ok(figures)
+}
+
+fn evaluate_batch(
+    method: &dyn DraftMethod,
+    params: &Params,
+    batch: &Batch,
+    figures: &mut Figures,
+) -> Result<()> {
+    let loss = method.loss(&Tape::inference(params), batch).map_err(Error::from);
+    match loss.and_then(|pending| Ok(pending.loss.wait()?)) {
+        Ok(loss) => figures.add(&loss, batch.n_tokens()),
+        Err(error) => {
+            let halves = if error.is_out_of_memory() { batch.halves()? } else { None };
+            let Some(halves) = halves else { return Err(error.of_batch(batch.n_tokens())) };
+            halves.iter().try_for_each(|half| evaluate_batch(method, params, half, figures))?;
+        }
+    }
+    Ok(())
 }

@@ -23,6 +23,8 @@ pub struct Settings {
     pub folder: PathBuf,
     /// Steps of the whole run.
     pub total_steps: u64,
+    /// Whether a step that does not fit into device memory is taken again in smaller portions.
+    pub shrink_on_oom: bool,
     /// Steps between records; at least 1.
     pub log_every: u64,
     /// Steps between evaluations; 0: at the end only.
@@ -177,7 +179,8 @@ impl Trainer<'_> {
 
     /// Where the draft is trained.
     fn device(&self) -> Device {
-        self.params.iter().next().map_or(Device::Cpu, |(_, param)| param.value.device())
+        let trained = self.params.iter().find(|(_, param)| param.trainable);
+        trained.map_or(Device::Cpu, |(_, param)| param.value.device())
     }
 
     /// Asks for the next step.
@@ -190,9 +193,9 @@ impl Trainer<'_> {
     ) -> Result<Issued> {
         let started = Instant::now();
         let factor = self.settings.schedule.lr_factor(self.state.position.step, self.settings.total_steps);
-        let lr = self.optimizer.config().lr * factor;
+        let (lr, shrink) = (self.optimizer.config().lr * factor, self.settings.shrink_on_oom);
         let batches = (0..n_batches).map(|_| batches.recv().expect("the fetching thread sends every batch"));
-        let pending = step(self.method, (&mut self.params, &mut self.optimizer), batches, lr);
+        let pending = step(self.method, (&mut self.params, &mut self.optimizer), batches, (lr, shrink));
         let pending = pending.map_err(|e| with_last_good(e, checkpoints))?;
         let position = &mut self.state.position;
         position.step += 1;

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::json;
-use specforge_config::{Length, Mode, RunPlan};
+use specforge_config::{Length, Mode, OnOom, RunPlan};
 use specforge_data::Prepared;
 use specforge_eval::{Options, Report};
 use specforge_methods::{DraftMethod, Frozen};
@@ -323,6 +323,7 @@ fn trainer<'a>(
     let settings = Settings {
         folder: plan.run_dir.clone(),
         total_steps,
+        shrink_on_oom: plan.train.on_oom == OnOom::Shrink,
         log_every: plan.train.log_every,
         eval_every: plan.train.eval_every.unwrap_or(0),
         save_every: plan.train.save_every.unwrap_or(0),

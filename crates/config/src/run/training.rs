@@ -18,6 +18,8 @@ pub struct TrainConfig {
     pub tokens_per_batch: usize,
     /// Micro-batches of one optimizer step.
     pub accumulation: usize,
+    /// What happens where a micro-batch does not fit into device memory.
+    pub on_oom: OnOom,
     /// Steps between two lines of the log.
     pub log_every: u64,
     /// Steps between two evaluations; 0: only at the end.
@@ -36,6 +38,16 @@ pub struct TrainConfig {
     pub schedule: ScheduleConfig,
 }
 
+/// What happens where a micro-batch does not fit into device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnOom {
+    /// The run ends, and says which setting would help.
+    Error,
+    /// The step is taken again with its micro-batches halved, between documents: the same sums, in another order.
+    Shrink,
+}
+
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
@@ -43,6 +55,7 @@ impl Default for TrainConfig {
             max_steps: None,
             tokens_per_batch: 8192,
             accumulation: 1,
+            on_oom: OnOom::Error,
             log_every: 10,
             eval_every: 0,
             save_every: 0,

@@ -133,8 +133,8 @@ impl Kernels for Cpu {
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         Ok(swiglu::forward(gate_up))
     }
-    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
-        Ok(swiglu::backward(dy, gate_up))
+    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
+        Ok((swiglu::backward(dy, gate_up), swiglu::forward(gate_up)))
     }
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let mut y = tensor(a.to_f32(), a.shape());

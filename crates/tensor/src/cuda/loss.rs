@@ -221,7 +221,10 @@ pub(super) fn soft_target_loss(
     if let Some((dhead, true)) = dhead.as_mut().filter(|_| places.is_empty()) {
         gpu_of(&x).fill_zero(at_mut(dhead)?, 4 * dhead.len())?;
     }
-    for rows in teacher_chunks(places, (CHUNK / (2 * vocab).max(1)).max(1)) {
+    // Chunks of one size: short products are slow ones.
+    let most = (CHUNK / (2 * vocab).max(1)).max(1);
+    let even = n_rows.div_ceil(n_rows.div_ceil(most).max(1)) + most / 256;
+    for rows in teacher_chunks(places, even.min(most).max(1)) {
         let (first, end) = (places[rows.start] as usize, places[rows.end - 1] as usize + 1);
         let (teacher_logits, teacher_lse) = teacher.chunk(first, end - first)?;
         let logits = output(&x, DType::Bf16, &[rows.len(), vocab])?;

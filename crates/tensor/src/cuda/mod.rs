@@ -106,7 +106,7 @@ impl Kernels for Cuda {
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         norm::swiglu(gate_up)
     }
-    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
+    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
         norm::swiglu_backward(dy, gate_up)
     }
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {

@@ -164,18 +164,18 @@ pub(super) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
-pub(super) fn swiglu_backward(dy: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
+pub(super) fn swiglu_backward(dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
     let (dy, x) = (in_bf16(dy)?, in_bf16(gate_up)?);
     let (rows, width) = x.rows_cols();
     let n = width / 2;
-    let d = output(&x, DType::Bf16, x.shape())?;
+    let (d, y) = (output(&x, DType::Bf16, x.shape())?, output(&x, DType::Bf16, &[rows, n])?);
     if rows * n > 0 {
         let (dgate, gate, ld) = (at(&d)?, at(&x)?, width as i32);
         let half = 2 * n as u64;
         let args = args![
             dgate,
             dgate + half,
-            0u64,
+            at(&y)?,
             at(&dy)?,
             gate,
             gate + half,
@@ -186,9 +186,9 @@ pub(super) fn swiglu_backward(dy: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
             ld,
             ld,
             ld,
-            0i32,
+            n as i32,
         ];
         run(gpu_of(&x), &MLP, "swiglu_backward", [row_blocks(rows, n), 1, 1], 256, args)?;
     }
-    Ok(d)
+    Ok((d, y))
 }

@@ -9,7 +9,7 @@ use specforge_cuda::{Gpu, Memory};
 use super::launch::{elements, run};
 use super::units::{FP8, ROWS};
 use crate::tensor::Buffer;
-use crate::{DType, Error, Result};
+use crate::{DType, Error, Later, Result};
 
 /// Elements in device memory. Row numbers that the host made are kept there too, and uploaded at first use.
 #[derive(Debug)]
@@ -98,6 +98,12 @@ impl Stored {
                 return Err(Error::Unsupported { op: "reading", why });
             }
         })
+    }
+
+    /// Row numbers that the device computed.
+    pub(crate) fn later_u32(&self) -> Result<Later<Vec<u32>>> {
+        let read = self.gpu.read_back(self.address()?, self.bytes())?;
+        Ok(Later::new(move || Ok(bytemuck::allocation::pod_collect_to_vec(read.wait()?))))
     }
 
     pub(crate) fn gpu(&self) -> &'static Gpu {

@@ -49,9 +49,7 @@ impl Weight {
 
 struct Linear {
     x: Var,
-    w: Weight,
-    cols: Range<usize>,
-    weights: Vec<Tensor>,
+    w: Stack,
     residual: Option<Var>,
 }
 
@@ -70,8 +68,27 @@ impl Tape<'_> {
     }
 
     fn linear_onto(&self, x: &Var, w: &Weight, residual: Option<&Var>) -> Result<Var> {
+        let w = Stack::new(self, w, x.value(), residual)?;
+        let y = w.product(x.value(), residual)?;
+        let needed =
+            w.is_trained(self) || self.any_needed(&[x]) || residual.is_some_and(|r| self.any_needed(&[r]));
+        Ok(self.record(y, needed, || Box::new(Linear { x: x.clone(), w, residual: residual.cloned() })))
+    }
+}
+
+/// The matrices of a weight with their values.
+pub(super) struct Stack {
+    w: Weight,
+    cols: Range<usize>,
+    weights: Vec<Tensor>,
+    biases: Vec<Tensor>,
+}
+
+impl Stack {
+    /// Checked against an input `[R, K]` and a residual `[R, N]`.
+    pub(super) fn new(tape: &Tape<'_>, w: &Weight, x: &Tensor, residual: Option<&Var>) -> Result<Self> {
         let values = |ids: &[ParamId]| -> Vec<Tensor> {
-            ids.iter().map(|&id| self.params().get(id).value.clone()).collect()
+            ids.iter().map(|&id| tape.params().get(id).value.clone()).collect()
         };
         let (weights, biases) = (values(&w.params), values(&w.biases));
         let k_all = weights[0].rows_cols().1;
@@ -82,7 +99,7 @@ impl Tape<'_> {
                 expect_cols("linear", "weight", weight, cols.end)?;
             }
         }
-        expect_cols("linear", "input", x.value(), cols.len())?;
+        expect_cols("linear", "input", x, cols.len())?;
         for (bias, weight) in biases.iter().zip(&weights) {
             expect_shape("linear", "bias", bias, &[weight.rows_cols().0])?;
         }
@@ -90,30 +107,41 @@ impl Tape<'_> {
         if let Some(residual) = residual {
             expect_shape("linear", "residual", residual.value(), &[x.rows_cols().0, n])?;
         }
-        let (by_ref, bias): (Vec<&Tensor>, Vec<&Tensor>) =
-            (weights.iter().collect(), biases.iter().collect());
-        let kernels = x.value().device().kernels();
-        let y = kernels.linear(x.value(), &by_ref, cols.clone(), &bias, residual.map(Var::value))?;
-        let trained = w.params.iter().chain(&w.biases).any(|&id| self.is_trained(id));
-        let needed = trained || self.any_needed(&[x]) || residual.is_some_and(|r| self.any_needed(&[r]));
-        Ok(self.record(y, needed, || {
-            Box::new(Linear { x: x.clone(), w: w.clone(), cols, weights, residual: residual.cloned() })
-        }))
+        Ok(Self { w: w.clone(), cols, weights, biases })
+    }
+
+    pub(super) fn is_trained(&self, tape: &Tape<'_>) -> bool {
+        self.w.params.iter().chain(&self.w.biases).any(|&id| tape.is_trained(id))
+    }
+
+    pub(super) fn product(&self, x: &Tensor, residual: Option<&Var>) -> Result<Tensor> {
+        let (w, bias): (Vec<&Tensor>, Vec<&Tensor>) =
+            (self.weights.iter().collect(), self.biases.iter().collect());
+        x.device().kernels().linear(x, &w, self.cols.clone(), &bias, residual.map(Var::value))
+    }
+
+    /// The gradient of the input, on top of `into`.
+    pub(super) fn dgrad(&self, dy: &Tensor, into: Option<Tensor>) -> Result<Tensor> {
+        let weights: Vec<&Tensor> = self.weights.iter().collect();
+        dy.device().kernels().linear_dgrad(dy, &weights, self.cols.clone(), into)
+    }
+
+    /// Adds the gradients of matrices and biases.
+    pub(super) fn wgrad(&self, dy: &Tensor, x: &Tensor, sink: &mut Sink<'_>) -> Result<()> {
+        let (kernels, cols) = (dy.device().kernels(), self.cols.clone());
+        if cols == (0..self.weights[0].rows_cols().1) {
+            sink.fresh_params(&self.w.params, |dw, fresh| kernels.linear_wgrad(dy, x, dw, cols, fresh))?;
+        } else {
+            sink.params(&self.w.params, |dw| kernels.linear_wgrad(dy, x, dw, cols, false))?;
+        }
+        sink.params(&self.w.biases, |db| kernels.bias_grad(dy, db))
     }
 }
 
 impl Backward for Linear {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        let kernels = dy.device().kernels();
-        let (x, cols) = (self.x.value(), self.cols.clone());
-        if cols == (0..self.weights[0].rows_cols().1) {
-            sink.fresh_params(&self.w.params, |dw, fresh| kernels.linear_wgrad(&dy, x, dw, cols, fresh))?;
-        } else {
-            sink.params(&self.w.params, |dw| kernels.linear_wgrad(&dy, x, dw, cols, false))?;
-        }
-        sink.params(&self.w.biases, |db| kernels.bias_grad(&dy, db))?;
-        let weights: Vec<&Tensor> = self.weights.iter().collect();
-        sink.add_onto(&self.x, |into| kernels.linear_dgrad(&dy, &weights, self.cols.clone(), into))?;
+        self.w.wgrad(&dy, self.x.value(), sink)?;
+        sink.add_onto(&self.x, |into| self.w.dgrad(&dy, into))?;
         match &self.residual {
             Some(residual) => sink.add(residual, dy),
             None => Ok(()),

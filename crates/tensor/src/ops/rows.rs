@@ -41,7 +41,15 @@ impl Tape<'_> {
     pub fn embedding(&self, id: ParamId, index: &Tensor) -> Result<Var> {
         let table = &self.params().get(id).value;
         expect_rows("embedding", "the embedding table", index, table.rows_cols().0, false)?;
-        let y = table.device().kernels().gather_rows(table, index)?;
+        // A frozen table may stay on the host: its rows go to the device of the index.
+        let y = if table.device() == index.device() {
+            table.device().kernels().gather_rows(table, index)?
+        } else {
+            let rows = Tensor::from_u32(table.device(), index.to_u32());
+            let stored =
+                table.device().kernels().gather_rows(table, &rows)?.cast(index.device().storage())?;
+            stored.to_device(index.device())?
+        };
         Ok(self.record(y, self.is_trained(id), || Box::new(Embedding { id, index: index.clone() })))
     }
 

@@ -138,6 +138,12 @@ fn element_wise(n: usize) -> Named {
                 t.add(&t.rms_norm(&v[0], p[0], 1e-5)?, &v[0])
             }),
         ),
+        (
+            "swiglu, linear and residual",
+            Op::new(vec![x(&[n, 60]), x(&[n, 21])], vec![x(&[21, 30])], |t, v, p| {
+                t.swiglu_linear_add(&v[0], &Weight::of(p[0]), &v[1])
+            }),
+        ),
         ("swiglu", Op::new(vec![x(&[n, 100])], vec![], |t, v, _| t.swiglu(&v[0]))),
         ("add", Op::new(vec![x(&[n, 50]), x(&[n, 50])], vec![], |t, v, _| t.add(&v[0], &v[1]))),
         ("add of a value to itself", Op::new(vec![x(&[n, 50])], vec![], |t, v, _| t.add(&v[0], &v[0]))),

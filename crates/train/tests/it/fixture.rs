@@ -1,14 +1,15 @@
 //! A draft, a source of features and hooks under the test's control.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::bf16;
 use serde_json::json;
-use specforge_methods::{Batch, DraftMethod, Frozen, MethodConfig, VocabMap};
-use specforge_models::TargetInfo;
+use specforge_methods::{Batch, DraftMethod, Drafter, Frozen, MethodConfig, PendingLoss, VocabMap};
+use specforge_models::{Capture, TargetInfo};
 use specforge_nn::optimizer::{AdamW, AdamWConfig};
 use specforge_nn::schedule::ScheduleConfig;
-use specforge_tensor::{Device, Params, Tensor};
+use specforge_tensor::{Device, Params, Tape, Tensor};
 use specforge_testkit::{Lcg, SmallTarget};
 use specforge_train::features::{RowFeatures, assemble};
 use specforge_train::{Event, FeatureSource, Hooks, Order, Outcome, Result, Settings, State, Trainer};
@@ -52,6 +53,7 @@ impl Fixture {
         let settings = Settings {
             folder,
             total_steps: order.total_steps(2),
+            shrink_on_oom: false,
             log_every: 1,
             eval_every: 0,
             save_every: 2,
@@ -117,6 +119,41 @@ impl Source {
             argmax: ids(),
             logsumexp: vec![6.0; LEN],
         }
+    }
+}
+
+/// A method on a device that has room for so many tokens at once.
+#[derive(Debug)]
+pub(crate) struct Narrow<'a> {
+    pub(crate) method: &'a dyn DraftMethod,
+    pub(crate) most: usize,
+}
+
+impl DraftMethod for Narrow<'_> {
+    fn capture(&self) -> &Capture {
+        self.method.capture()
+    }
+
+    fn loss(&self, tape: &Tape<'_>, batch: &Batch) -> specforge_methods::Result<PendingLoss> {
+        let pending = self.method.loss(tape, batch)?;
+        if batch.n_tokens() <= self.most {
+            return Ok(pending);
+        }
+        let (asked, free, total, held, peak) = (1 << 30, 1 << 20, 80 << 30, 79 << 30, 79 << 30);
+        let full = specforge_cuda::Error::OutOfMemory { asked, free, total, held, peak };
+        Err(specforge_tensor::Error::from(full).into())
+    }
+
+    fn drafter<'a>(&'a self, params: &'a Params) -> specforge_methods::Result<Box<dyn Drafter + 'a>> {
+        self.method.drafter(params)
+    }
+
+    fn vocab(&self) -> &VocabMap {
+        self.method.vocab()
+    }
+
+    fn export_config(&self) -> BTreeMap<String, serde_json::Value> {
+        self.method.export_config()
     }
 }
 

@@ -3,7 +3,7 @@
 use specforge_testkit::{assert_close, assert_close_max};
 use specforge_train::{Error, Outcome};
 
-use crate::fixture::{Fixture, LEN, Script, Source, run, sound, weights};
+use crate::fixture::{Fixture, LEN, Narrow, Script, Source, run, sound, weights};
 
 #[test]
 fn accumulated_micro_batches_equal_one_bigger_batch() {
@@ -82,4 +82,45 @@ fn a_run_without_rows_is_an_error() {
     trainer.order.rows.clear();
     let error = trainer.run(&mut sound(), &mut Script::default()).unwrap_err();
     assert!(error.to_string().starts_with("nothing to train on"), "{error}");
+}
+
+#[test]
+fn a_step_that_does_not_fit_is_taken_again_in_smaller_portions() {
+    let fixture = Fixture::new();
+    let with = |name: &str, most: usize| {
+        let mut trainer = fixture.trainer(name);
+        let narrow = Narrow { method: trainer.method, most };
+        trainer.method = &narrow;
+        (trainer.order.tokens_per_batch, trainer.order.accumulation) = (4 * LEN, 2);
+        trainer.settings.total_steps = trainer.order.total_steps(1);
+        trainer.settings.shrink_on_oom = true;
+        let losses = run(&mut trainer).losses;
+        (losses.iter().map(|&loss| loss as f32).collect::<Vec<_>>(), weights(&trainer))
+    };
+    let (losses, whole) = with("room", usize::MAX);
+    for (name, most) in [("halves", 2 * LEN), ("quarters", LEN)] {
+        let (parts, shrunk) = with(name, most);
+        assert_close(name, &parts, &losses, 0.0, 1e-5);
+        for ((weight, got), (_, want)) in shrunk.iter().zip(&whole) {
+            assert_close_max(&format!("{name}: {weight}"), got, want, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_told_with_what_would_help() {
+    let fixture = Fixture::new();
+    let fails = |name: &str, most: usize, shrink: bool| {
+        let mut trainer = fixture.trainer(name);
+        let narrow = Narrow { method: trainer.method, most };
+        trainer.method = &narrow;
+        trainer.settings.shrink_on_oom = shrink;
+        trainer.run(&mut sound(), &mut Script::default()).unwrap_err().to_string()
+    };
+    let message = fails("whole", LEN, false);
+    for part in ["1024.0 MiB asked for", "20 tokens", "train.tokens-per-batch", "train.on-oom"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    // A single document cannot be halved.
+    assert!(fails("single", LEN - 1, true).contains("10 tokens"));
 }

@@ -33,7 +33,21 @@ pub(super) enum Source {
 /// What a step takes its features from.
 enum Features {
     Offline(Batch),
-    Online { target: Box<Target>, data: Data, read: Vec<u32> },
+    /// The target runs one step ahead, as the trainer lets it: the host has read its best tokens by then.
+    Online {
+        target: Box<Target>,
+        data: Data,
+        read: Vec<u32>,
+        ahead: Option<Computed>,
+    },
+}
+
+/// What the target was asked for.
+struct Computed {
+    hidden_states: Tensor,
+    last_hidden: Tensor,
+    logsumexp: Tensor,
+    best: Later<Vec<u32>>,
 }
 
 /// What a step gives when the device has got there.
@@ -65,7 +79,9 @@ impl Subject {
         let (method, params) = Eagle3::drawn(config, info, &frozen, vocab, draw)?;
         let optimizer = AdamW::new(AdamWConfig::default(), &params)?;
         let features = match target {
-            Some(target) => Features::Online { target: Box::new(target), read: read_rows(&data), data },
+            Some(target) => {
+                Features::Online { target: Box::new(target), read: read_rows(&data), data, ahead: None }
+            }
             None => Features::Offline(random_batch(&method, &data, &frozen)?),
         };
         Ok(Self { method, params, optimizer, features })
@@ -73,7 +89,7 @@ impl Subject {
 
     /// One step as `specforge train` takes it; `lap` is called after each of [`PHASES`].
     pub(super) fn step(&mut self, lap: &mut dyn FnMut() -> Result<()>) -> Result<Pending> {
-        let computed = self.features.compute(&self.method)?;
+        let computed = self.features.next(&self.method)?;
         let batch = match (&computed, &self.features) {
             (Some(batch), _) | (None, Features::Offline(batch)) => batch,
             (None, Features::Online { .. }) => unreachable!("the target has run"),
@@ -102,30 +118,38 @@ impl Pending {
 }
 
 impl Features {
-    /// Runs the target, if it is there.
-    fn compute(&self, method: &Eagle3) -> Result<Option<Batch>> {
-        let Self::Online { target, data, read } = self else { return Ok(None) };
-        // 1. The forward pass with capture.
-        let documents: Vec<&[u32]> = data.bounds.iter().map(|b| &data.input_ids[b.clone()]).collect();
-        let captured = target.forward(&documents, method.capture())?;
-        let hidden = captured.last_hidden.expect("EAGLE3 captures the last hidden state");
-        // 2. Best token and log-sum-exp of the rows that a loss may read.
-        let (none, device) = (Params::new(), target.device());
-        let (tape, index) = (Tape::inference(&none), Tensor::from_u32(device, read.clone()));
-        let rows = tape.gather_rows(&tape.input(hidden.clone()), &index)?;
-        let stats = Tape::vocab_stats(rows.value(), target.head())?;
-        let n = read.len();
-        let mut logsumexp = Tensor::zeros(device, &[data.n_tokens(), 1])?;
-        let (from, values) =
-            (Tensor::from_u32(device, (0..n as u32).collect()), stats.logsumexp.reshape(&[n, 1])?);
-        device.kernels().copy_rows(&mut logsumexp, &index, &values, &from)?;
-        let logsumexp = logsumexp.reshape(&[data.n_tokens()])?;
-        // 3. The host has to know the best tokens to know which rows are live.
-        let argmax =
-            place_best(&stats.argmax.to_u32(), read, data.n_tokens(), (method.vocab(), target.info()));
-        let teacher = Teacher::LastHidden { hidden, argmax, logsumexp };
-        Ok(Some(data.batch(captured.hidden_states, teacher)))
+    /// The batch of this step, and the target on its way to the next one's.
+    fn next(&mut self, method: &Eagle3) -> Result<Option<Batch>> {
+        let Self::Online { target, data, read, ahead } = self else { return Ok(None) };
+        let now = match ahead.take() {
+            Some(computed) => computed,
+            None => compute(target, data, read, method)?,
+        };
+        let argmax = place_best(&now.best.wait()?, read, data.n_tokens(), (method.vocab(), target.info()));
+        *ahead = Some(compute(target, data, read, method)?);
+        let teacher = Teacher::LastHidden { hidden: now.last_hidden, argmax, logsumexp: now.logsumexp };
+        Ok(Some(data.batch(now.hidden_states, teacher)))
     }
+}
+
+/// Asks the target for the features of a batch.
+fn compute(target: &Target, data: &Data, read: &[u32], method: &Eagle3) -> Result<Computed> {
+    // 1. The forward pass with capture.
+    let documents: Vec<&[u32]> = data.bounds.iter().map(|b| &data.input_ids[b.clone()]).collect();
+    let captured = target.forward(&documents, method.capture())?;
+    let last_hidden = captured.last_hidden.expect("EAGLE3 captures the last hidden state");
+    // 2. Best token and log-sum-exp of the rows that a loss may read.
+    let (none, device, n) = (Params::new(), target.device(), read.len());
+    let (tape, index) = (Tape::inference(&none), Tensor::from_u32(device, read.to_vec()));
+    let rows = tape.gather_rows(&tape.input(last_hidden.clone()), &index)?;
+    let stats = Tape::vocab_stats(rows.value(), target.head())?;
+    let mut logsumexp = Tensor::zeros(device, &[data.n_tokens(), 1])?;
+    let from = Tensor::from_u32(device, (0..n as u32).collect());
+    device.kernels().copy_rows(&mut logsumexp, &index, &stats.logsumexp.reshape(&[n, 1])?, &from)?;
+    let logsumexp = logsumexp.reshape(&[data.n_tokens()])?;
+    // 3. The host has to know the best tokens to know which rows are live.
+    let best = stats.argmax.later_u32()?;
+    Ok(Computed { hidden_states: captured.hidden_states, last_hidden, logsumexp, best })
 }
 
 /// Best tokens by row. Random weights seldom choose a token of the draft vocabulary, a trained target nearly always
@@ -152,7 +176,8 @@ fn random_frozen(info: &TargetInfo, device: Device) -> Result<Frozen> {
     let embedding = Tensor::random(device, &shape, std, 1)?;
     let head =
         if info.tie_word_embeddings { embedding.clone() } else { Tensor::random(device, &shape, std, 2)? };
-    Ok(Frozen { embedding, head })
+    // Offline the embedding stays on the host, as `specforge train` leaves it there.
+    Ok(Frozen { embedding: embedding.to_device(Device::Cpu)?, head })
 }
 
 /// Features as if read from a store: every best token is one that the draft can name.
