@@ -60,7 +60,7 @@ const TABLES: [Table; 12] = [
 ];
 
 /// Files in which the enums of the keys are looked up.
-const ENUMS: [&str; 5] = [RUN, PREPARE, STORE, EAGLE3, SCHEDULE];
+const ENUMS: [&str; 6] = [RUN, TRAINING, PREPARE, STORE, EAGLE3, SCHEDULE];
 
 const HEAD: &str = "\
 # Recipe reference

@@ -162,7 +162,7 @@ fn values_out_of_range_name_the_range() {
         assert_eq!(problems(&text, &[])[0].key, format!("data.{key}"));
     }
     assert_eq!(problems(&LEAST.replace("tiny", "a/b"), &[])[0].key, "name");
-    assert_eq!(problems(&LEAST.replace("[target]", "device = \"cuda\"\n[target]"), &[])[0].key, "device");
+    assert_eq!(problems(&LEAST.replace("[target]", "device = \"tpu\"\n[target]"), &[])[0].key, "device");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use specforge_models::{Capture, Error, KvCache, Target, TargetInfo};
-use specforge_tensor::{Device, Tensor};
+use specforge_tensor::{DType, Device, Tensor};
 use specforge_testkit::{Tensors, assert_close, case_json, golden_cases};
 
 /// One case with one of its two configurations.
@@ -31,6 +31,86 @@ fn golden_targets() {
             case.long();
             case.greedy();
         }
+    }
+}
+
+/// bfloat16 on a device against the CPU's float32 on the same weights: every state, the logits, and decoding with a
+/// cache, row by row the same bits as all rows at once. Then with 8-bit weights, which are coarser.
+#[test]
+fn golden_targets_on_cuda() {
+    let device = match Device::cuda(0) {
+        Ok(device) => device,
+        Err(why) => return println!("skipped: no CUDA device ({why})"),
+    };
+    for (name, folder) in golden_cases("targets/") {
+        if TargetInfo::read(&folder).is_err() {
+            continue; // golden_targets names it
+        }
+        println!("{name}");
+        let load = |device, storage| Target::load(&folder, device, Some(storage)).unwrap();
+        let reference = load(Device::Cpu, DType::Bf16);
+        let rows = rows(&Tensors::read(folder.join("expected.safetensors")));
+        let want = Outputs::of(&reference, &rows);
+        let target = load(device, DType::Bf16);
+        let got = Outputs::of(&target, &rows);
+        got.expect_near(&want, 3e-2);
+        assert_eq!(got.states, Outputs::of(&target, &rows).states, "{name}: the same bits");
+        decode_in_portions(&target, &rows[1]);
+        match Target::load(&folder, device, Some(DType::E4m3)) {
+            Ok(fp8) => Outputs::of(&fp8, &rows).expect_near(&want, 2e-1),
+            Err(why) => println!("  no 8-bit weights: {why}"),
+        }
+    }
+}
+
+/// What a target makes of rows.
+struct Outputs {
+    states: Vec<f32>,
+    last: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl Outputs {
+    fn of(target: &Target, rows: &[Vec<u32>]) -> Self {
+        let documents: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        let all = Capture { layers: (0..target.info().n_layers).collect(), last_hidden: true };
+        let captured = target.forward(&documents, &all).unwrap();
+        let last = captured.last_hidden.unwrap();
+        let logits = target.logits(&last).unwrap().to_f32();
+        Self { states: captured.hidden_states.to_f32(), last: last.to_f32(), logits }
+    }
+
+    /// Within a relative distance.
+    fn expect_near(&self, want: &Self, bound: f64) {
+        let pairs = [(&self.states, &want.states), (&self.last, &want.last), (&self.logits, &want.logits)];
+        for (what, (got, want)) in ["states", "final norm", "logits"].into_iter().zip(pairs) {
+            let norm = |values: &mut dyn Iterator<Item = f32>| {
+                values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+            };
+            let distance =
+                norm(&mut got.iter().zip(want).map(|(g, w)| g - w)) / norm(&mut want.iter().copied());
+            assert!(distance < bound, "{what}: {distance}");
+        }
+    }
+}
+
+/// Decoding token by token, and several at once as when proposals are verified, gives the same bits.
+fn decode_in_portions(target: &Target, row: &[u32]) {
+    let capture = Capture { layers: vec![], last_hidden: true };
+    let (prompt, rest) = row.split_at(row.len() / 2);
+    let decode = |portion: usize| -> Vec<f32> {
+        let mut cache = KvCache::new(target, row.len()).unwrap();
+        target.extend(&mut cache, prompt, None, &capture).unwrap();
+        let last = rest.chunks(portion).map(|tokens| {
+            let last = target.extend(&mut cache, tokens, None, &capture).unwrap().last_hidden.unwrap();
+            target.logits(&last).unwrap().to_f32()
+        });
+        last.collect::<Vec<_>>().concat()
+    };
+    let one_by_one: Vec<u32> = decode(1).iter().map(|v| v.to_bits()).collect();
+    for portion in [2, 5, 32] {
+        let bits: Vec<u32> = decode(portion).iter().map(|v| v.to_bits()).collect();
+        assert_eq!(bits, one_by_one, "{portion} at once");
     }
 }
 

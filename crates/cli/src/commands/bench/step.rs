@@ -2,6 +2,8 @@
 
 mod report;
 
+use std::time::Instant;
+
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use serde::Serialize;
@@ -90,6 +92,8 @@ enum TargetType {
 /// Everything measured on the draft.
 struct Measured {
     step: Spread,
+    /// What asking for a step takes of the host, at least.
+    host_ms: f64,
     /// By the names of [`PHASES`].
     phases: [f64; 4],
     memory: Option<Memory>,
@@ -161,7 +165,7 @@ fn measure(mut subject: Subject, repeats: Repeats, device: Device) -> Result<Mea
     device.synchronize()?;
     gpu.into_iter().for_each(Gpu::reset_peak);
     let warm = gpu.map(Gpu::usage);
-    let (step, loss) = steps(&mut subject, repeats.steps, device)?;
+    let (step, host_ms, loss) = steps(&mut subject, repeats.steps, device)?;
     let memory = gpu.zip(before).zip(warm).map(|((gpu, before), warm)| Memory {
         before_bytes: before.held,
         peak_bytes: gpu.usage().peak,
@@ -172,21 +176,24 @@ fn measure(mut subject: Subject, repeats: Repeats, device: Device) -> Result<Mea
     let phases = phases(&mut subject, repeats.steps, device)?;
     let once = || subject.step(&mut || Ok(()))?.wait().map(|_| ());
     let gemms = gpu.map(|gpu| floor::record(gpu, once)).transpose()?.unwrap_or_default();
-    Ok(Measured { step: Spread::of(&step), phases, memory, loss, gemms })
+    Ok(Measured { step: Spread::of(&step), host_ms, phases, memory, loss, gemms })
 }
 
-/// Times of back-to-back steps, and the last one's loss. A step's figures are read while the next one runs, as
+/// Times of back-to-back steps, the least time that the host took to ask for one, and the last one's loss. A step's figures are read while the next one runs, as
 /// `specforge train` does.
-fn steps(subject: &mut Subject, n: u32, device: Device) -> Result<(Vec<f64>, f64)> {
+fn steps(subject: &mut Subject, n: u32, device: Device) -> Result<(Vec<f64>, f64, f64)> {
     let mut marks = vec![Mark::now(device)?];
     let mut in_flight: Option<Pending> = None;
+    let mut host_ms = f64::INFINITY;
     for _ in 0..n {
+        let started = Instant::now();
         let issued = subject.step(&mut || Ok(()))?;
+        host_ms = host_ms.min(started.elapsed().as_secs_f64() * 1e3);
         marks.push(Mark::now(device)?);
         in_flight.replace(issued).map(Pending::wait).transpose()?;
     }
     let loss = in_flight.map(Pending::wait).transpose()?.unwrap_or_default();
-    Ok((laps(&marks)?, loss))
+    Ok((laps(&marks)?, host_ms, loss))
 }
 
 /// Median milliseconds of each of [`PHASES`].
