@@ -22,7 +22,13 @@ pub(crate) fn configure() {
 pub(crate) fn device(choice: DeviceChoice) -> Result<Device> {
     let device = match choice {
         DeviceChoice::Cpu => Device::Cpu,
-        DeviceChoice::Auto => Device::cuda(0).unwrap_or(Device::Cpu),
+        DeviceChoice::Auto => Device::cuda(0).unwrap_or_else(|why| {
+            // A machine without a driver is no surprise; one that cannot use its card is.
+            if libraries()[0].path.is_some() {
+                note!("device    cpu, because the GPU cannot be used: {why}");
+            }
+            Device::Cpu
+        }),
         DeviceChoice::Cuda => Device::cuda(0).context("device = \"cuda\"")?,
     };
     if let Some(gpu) = device.gpu() {

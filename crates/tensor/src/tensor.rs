@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use crate::cuda::Stored;
 use crate::{Device, Error, Later, Result};
@@ -226,6 +227,21 @@ impl Tensor {
             return Err(Error::shape("reshape", "the new shape", format!("{} elements", self.len()), shape));
         }
         Ok(Self { shape: shape.to_vec(), ..self.clone() })
+    }
+
+    /// The rows of a tensor in host memory that `index` names, in its own element type.
+    pub(crate) fn host_rows(&self, index: &[u32]) -> Result<Self> {
+        let width = self.rows_cols().1;
+        let buffer = match &*self.buffer {
+            Buffer::F32(v) => Buffer::F32(picked(v, width, index)),
+            Buffer::Bf16(v) => Buffer::Bf16(picked(v, width, index)),
+            Buffer::F16(v) => Buffer::F16(picked(v, width, index)),
+            Buffer::U32(_) | Buffer::I16(_) | Buffer::Cuda(_) => {
+                let (op, what, got) = ("embedding", "a table on the host", self.dtype());
+                return Err(Error::DType { op, what, expected: "a float type", got });
+            }
+        };
+        Self::from_host(Device::Cpu, buffer, &[index.len(), width])
     }
 
     /// Some rows; on a device they share the storage.
@@ -464,4 +480,11 @@ impl Tensor {
         }
         Ok(())
     }
+}
+
+fn picked<T: Copy + Default + Send + Sync>(values: &[T], width: usize, index: &[u32]) -> Vec<T> {
+    let mut rows = vec![T::default(); index.len() * width];
+    let pairs = rows.par_chunks_mut(width.max(1)).zip(index.par_iter());
+    pairs.for_each(|(row, &i)| row.copy_from_slice(&values[i as usize * width..][..width]));
+    rows
 }

@@ -45,10 +45,8 @@ impl Tape<'_> {
         let y = if table.device() == index.device() {
             table.device().kernels().gather_rows(table, index)?
         } else {
-            let rows = Tensor::from_u32(table.device(), index.to_u32());
-            let stored =
-                table.device().kernels().gather_rows(table, &rows)?.cast(index.device().storage())?;
-            stored.to_device(index.device())?
+            let rows = table.host_rows(&index.to_u32())?.to_device(index.device())?;
+            rows.cast(index.device().storage())?
         };
         Ok(self.record(y, self.is_trained(id), || Box::new(Embedding { id, index: index.clone() })))
     }
