@@ -76,14 +76,13 @@ impl Plan {
             Normalization::Supervised if batch.position_weight.is_none() => total_supervised as f64,
             _ => batch.bounds.len() as f64,
         };
-        let mut live = pairs.clone();
-        if method.all_rows_live {
-            live.extend(0..batch.n_tokens() as u32);
-        }
-        live.sort_unstable();
-        live.dedup();
-        let place = |p: &u32| live.binary_search(p).expect("every row with loss is live") as u32;
-        let sources = pairs.iter().map(place).collect();
+        let mut is_live = vec![method.all_rows_live; batch.n_tokens()];
+        pairs.iter().for_each(|&p| is_live[p as usize] = true);
+        let live: Vec<u32> = (0..batch.n_tokens() as u32).filter(|&p| is_live[p as usize]).collect();
+        // Each live row's place among them.
+        let mut place = vec![0; batch.n_tokens()];
+        live.iter().enumerate().for_each(|(i, &p)| place[p as usize] = i as u32);
+        let sources = pairs.iter().map(|&p| place[p as usize]).collect();
         let document = |&p: &u32| &batch.bounds[document_of[p as usize]];
         let documents = live.iter().map(|p| document(p).start as u32..document(p).end as u32).collect();
         Self { live, documents, rows, sources, best, supervised }

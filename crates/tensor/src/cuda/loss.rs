@@ -125,8 +125,6 @@ impl Stats {
 /// The teacher of the rows that the loss reads, each once.
 struct Teacher<'a> {
     source: TeacherRows<'a>,
-    /// The teacher rows read, ascending.
-    rows: Vec<u32>,
     /// Hidden states (or logits) of those rows.
     values: Tensor,
     /// Their log-sum-exp over the whole vocabulary.
@@ -140,14 +138,14 @@ impl<'a> Teacher<'a> {
         read.dedup();
         let (TeacherRows::Hidden { hidden: all, .. } | TeacherRows::Logits(all)) = targets.teacher;
         let is_all = read.len() == all.rows_cols().0;
-        let index = Tensor::from_u32(all.device(), read.clone());
+        let index = Tensor::from_u32(all.device(), read);
         let column = targets.logsumexp.reshape(&[targets.logsumexp.len(), 1])?;
         let (values, whole) = if is_all {
             (in_bf16(all)?, column)
         } else {
             (in_bf16(&rows::gather(all, &index)?)?, rows::gather(&column, &index)?)
         };
-        Ok(Self { source: targets.teacher, rows: read, values, whole: whole.cast(DType::F32)?, vocab })
+        Ok(Self { source: targets.teacher, values, whole: whole.cast(DType::F32)?, vocab })
     }
 
     /// Logits over the draft vocabulary and their log-sum-exp of `n` of the rows from `first` on.
@@ -203,12 +201,7 @@ pub(super) fn soft_target_loss(
     let ((n_rows, k), vocab) = (x.rows_cols(), head.rows_cols().0);
     let row_of = targets.teacher_row.u32s().expect("the loss's rows come from the host");
     let teacher = Teacher::new(targets, row_of, vocab)?;
-    // Places among the rows read.
-    let local: Vec<u32> = row_of
-        .iter()
-        .map(|t| teacher.rows.binary_search(t).expect("every row read is there") as u32)
-        .collect();
-    let local = Tensor::from_u32(x.device(), local);
+    let local = Tensor::from_u32(x.device(), places_of(row_of));
     let figure = |dtype| output(&x, dtype, &[n_rows]);
     let figures = Figures {
         cross_entropy: figure(DType::F32)?,
@@ -258,6 +251,16 @@ pub(super) fn soft_target_loss(
         }
     }
     Ok(RowLoss { figures: figures.read()?, dx })
+}
+
+/// The place of each row of an ascending list among its distinct rows.
+fn places_of(rows: &[u32]) -> Vec<u32> {
+    let mut place = 0;
+    let next = |i: usize| {
+        place += u32::from(i > 0 && rows[i] != rows[i - 1]);
+        place
+    };
+    (0..rows.len()).map(next).collect()
 }
 
 /// Loss, figures and gradient of a chunk's rows: each row is kept in shared memory where it fits.
