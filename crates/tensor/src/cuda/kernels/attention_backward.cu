@@ -163,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(dkv::THREADS, D > 128 ? 1 : 2)
     int i = threadIdx.x % QUERIES, which = threadIdx.x / QUERIES;
     u32 dst = shared_address(lse) + (which * QUERIES + i) * 4;
     // The stats are padded.
-    if (which < 2) copy_4(dst, b.stats + (i64)(which * b.n_heads + head) * b.padded + row + i, true);
-    else if (which < 4) copy_4(dst, (which == 2 ? b.lo : b.hi) + (i < valid ? row + i : 0), i < valid);
+    if (which < 2) copy_async_4(dst, b.stats + (i64)(which * b.n_heads + head) * b.padded + row + i, true);
+    else if (which < 4) copy_async_4(dst, (which == 2 ? b.lo : b.hi) + (i < valid ? row + i : 0), i < valid);
   };
 
   float dk[D_N][4] = {}, dv[D_N][4] = {};

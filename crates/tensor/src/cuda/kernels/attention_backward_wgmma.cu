@@ -37,7 +37,7 @@ struct Ring {
   }
   __device__ __forceinline__ u32 full(int i) const { return barriers + i % SLOTS * 16; }
   __device__ __forceinline__ u32 empty(int i) const { return barriers + i % SLOTS * 16 + 8; }
-  __device__ __forceinline__ void wait_full(int i) const { barrier_wait(full(i), i / SLOTS & 1); }
+  __device__ __forceinline__ void wait_full(int i) const { barrier_wait_in_place(full(i), i / SLOTS & 1); }
   __device__ __forceinline__ void release(int i) const {
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(empty(i));
@@ -49,7 +49,7 @@ struct Ring {
   __device__ __forceinline__ void produce(int items, F copy) const {
     int handed = 0;
     auto hand_over = [&] {
-      fence_for_wgmma();
+      publish_shared();
       __syncwarp();
       if (threadIdx.x % 32 == 0) barrier_arrive(full(handed));
       handed++;
@@ -58,7 +58,7 @@ struct Ring {
       u32 parity = (i / SLOTS - 1) & 1;
       if (i >= SLOTS && !__all_sync(0xffffffffu, barrier_done(empty(i), parity))) {
         if (handed < i) copy_wait<0>(), hand_over();
-        barrier_wait(empty(i), parity);
+        barrier_wait_in_place(empty(i), parity);
       }
       copy(i);
       copy_commit();
@@ -114,11 +114,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   rows_that_see(b, first_key, n_keys, first_row, end_row);
   int tiles = max(0, (end_row - first_row + QUERIES - 1) / QUERIES), steps = tiles * group;
   copy_wait<0>();
-  fence_for_wgmma();
+  publish_shared();
   __syncthreads();
 
   if (threadIdx.x >= 256) {
-    give_registers<24>();
+    shrink_registers<24>();
     int thread = threadIdx.x - 256, head = kv_head * group - 1, row = end_row;
     ring.produce(2 * steps, [&](int item) {
       SwizzledTile<QUERIES, D> tile{slot(item)};
@@ -129,16 +129,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int valid = b.rows - row, r = row + thread % 64;
         tile.template copy<128>(thread, b.q + (i64)row * b.ld_q + head * D, b.ld_q, valid);
         bool in = thread % 64 < valid;
-        if (thread < 64) copy_4(numbers, b.stats + (i64)head * b.padded + r, true);
-        if (thread < 64) copy_4(numbers + 256, b.lo + r, in);
-        else copy_4(numbers + 512, b.hi + r, in);
+        if (thread < 64) copy_async_4(numbers, b.stats + (i64)head * b.padded + r, true);
+        if (thread < 64) copy_async_4(numbers + 256, b.lo + r, in);
+        else copy_async_4(numbers + 512, b.hi + r, in);
       } else {
         tile.template copy<128>(thread, b.dout + (i64)row * b.ld_dout + head * D, b.ld_dout, b.rows - row);
-        if (thread < 64) copy_4(numbers, b.stats + (i64)(b.n_heads + head) * b.padded + row + thread, true);
+        if (thread < 64) copy_async_4(numbers, b.stats + (i64)(b.n_heads + head) * b.padded + row + thread, true);
       }
     });
   } else {
-    take_registers<240>();
+    grow_registers<240>();
     int half = same_in_warp(threadIdx.x / 128) * 64;
     int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     int key = first_key + half + warp * 16 + g;
@@ -160,9 +160,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       // S^T and dP^T [64 keys, 64 queries].
       float s[32], dp[32];
       ring.wait_full(2 * step);
-      wgmma_fence();
+      products_begin();
       multiply_transposed<QUERIES>(s, k, half, q, 0);
-      wgmma_commit();
+      products_commit();
       // The step before is done with its tiles.
       wgmma_wait<1>();
       if (step > 0) {
@@ -170,9 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         ring.release(2 * step - 1);
       }
       ring.wait_full(2 * step + 1);
-      wgmma_fence();
+      products_begin();
       multiply_transposed<QUERIES>(dp, v, half, dout, 0);
-      wgmma_commit();
+      products_commit();
       int last = min(QUERIES, b.rows - row) - 1;
       bool all = ((const u32*)(q_numbers + 256))[last] <= begin && ((const u32*)(q_numbers + 512))[0] >= end;
       wgmma_wait<1>();
@@ -197,10 +197,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       }
 #pragma unroll
       for (int i = 0; i < 16; i++) p_half[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
-      wgmma_fence();
+      products_begin();
 #pragma unroll
       for (int i = 0; i < QUERIES / 16; i++) wgmma(dv, p_half + 4 * i, dout.across(i));
-      wgmma_commit();
+      products_commit();
       wgmma_wait<1>();
       settled(dp);
 #pragma unroll
@@ -211,10 +211,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           ds_half[2 * n + i] = pack_bf16(s[4 * n + 2 * i] * (dp[4 * n + 2 * i] - d.x),
                                          s[4 * n + 2 * i + 1] * (dp[4 * n + 2 * i + 1] - d.y));
       }
-      wgmma_fence();
+      products_begin();
 #pragma unroll
       for (int i = 0; i < QUERIES / 16; i++) wgmma(dk, ds_half + 4 * i, q.across(i));
-      wgmma_commit();
+      products_commit();
     }
     wgmma_wait<0>();
     settled(dk);
@@ -257,11 +257,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   int begin = b.lo[first_row], end = b.hi[first_row + n_rows - 1];
   int steps = max(0, (end - begin + KEYS - 1) / KEYS);
   copy_wait<0>();
-  fence_for_wgmma();
+  publish_shared();
   __syncthreads();
 
   if (threadIdx.x >= 256) {
-    give_registers<24>();
+    shrink_registers<24>();
     int thread = threadIdx.x - 256;
     ring.produce(2 * steps, [&](int item) {
       SwizzledTile<KEYS, D> tile{slot(item)};
@@ -270,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       else tile.template copy<128>(thread, b.v + (i64)key * b.ld_v + kv_head * D, b.ld_v, valid);
     });
   } else {
-    take_registers<240>();
+    grow_registers<240>();
     int half = same_in_warp(threadIdx.x / 128) * 64;
     int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     int row = first_row + half + warp * 16 + g;
@@ -297,16 +297,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       // S and dP [64 queries, 128 keys].
       float s[64], dp[64];
       ring.wait_full(2 * step);
-      wgmma_fence();
+      products_begin();
       multiply_transposed<KEYS>(s, q, half, k, 0);
-      wgmma_commit();
+      products_commit();
       // The step before is done with its keys (while its dQ ran, this step's S was already waiting in line).
       wgmma_wait<1>();
       if (step > 0) ring.release(2 * step - 2);
       ring.wait_full(2 * step + 1);
-      wgmma_fence();
+      products_begin();
       multiply_transposed<KEYS>(dp, dout, half, v, 0);
-      wgmma_commit();
+      products_commit();
       wgmma_wait<1>();
       settled(s);
 #pragma unroll
@@ -326,10 +326,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int i = 0; i < 32; i++)
         ds[i] = pack_bf16(s[2 * i] * (dp[2 * i] - delta[i % 2]), s[2 * i + 1] * (dp[2 * i + 1] - delta[i % 2]));
-      wgmma_fence();
+      products_begin();
 #pragma unroll
       for (int i = 0; i < KEYS / 16; i++) wgmma(acc, ds + 4 * i, k.across(i));
-      wgmma_commit();
+      products_commit();
     }
     wgmma_wait<0>();
     settled(acc);

@@ -1,56 +1,6 @@
-// Instructions of the tensor cores and of asynchronous copies, as the attention backward kernels use them.
+// Tiles in shared memory and products of them, as the attention backward kernels use them.
 #pragma once
-#include "common.cuh"
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Asynchronous copies to shared memory; where `valid` is false nothing is read and zeros are written.
-__device__ __forceinline__ void copy_16(u32 dst, const void* src, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy_4(u32 dst, const void* src, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
-}
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most N of this thread's committed groups are still on their way.
-template <int N>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrix_x2(u32 (&r)[2], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrix_x4_trans(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrix_x2_trans(u32 (&r)[2], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(address)
-               : "memory");
-}
-
-// c[16, 8] += a[16, 16] b[16, 8] of one warp. With g = lane / 4 and t = lane % 4 a lane holds c of rows g (c[0], c[1])
-// and g + 8 (c[2], c[3]), columns 2t and 2t + 1.
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+#include "tensor_core.cuh"
 
 // A matrix of bf16 in shared memory whose rows are WIDTH elements without padding. The 16-byte units of a row are
 // permuted by the row's number, so that the 8 rows that one ldmatrix phase reads lie in different banks.
@@ -71,14 +21,14 @@ struct Tile {
     for (int i = threadIdx.x; i < rows * UNITS; i += THREADS) {
       int row = i / UNITS, unit = i % UNITS;
       bool in = row < valid;
-      copy_16(at(row, unit), src + (in ? row * ld + unit * 8 : 0), in);
+      copy_async(at(row, unit), src + (in ? row * ld + unit * 8 : 0), in);
     }
   }
 
-  // Rows row .. row + 16 and units unit, unit + 1 as the left operand of mma.
+  // Rows row .. row + 16 and units unit, unit + 1 as the left operand of a product.
   __device__ __forceinline__ void left(u32 (&a)[4], int row, int unit) const {
     int lane = threadIdx.x & 31;
-    load_matrix_x4(a, at(row + (lane & 15), unit + (lane >> 4)));
+    load_matrices(a, at(row + (lane & 15), unit + (lane >> 4)));
   }
 };
 
@@ -94,14 +44,14 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[N][4], Tile<WIDTH
 #pragma unroll
     for (int n = 0; n + 1 < N; n += 2) {
       u32 b[4];
-      load_matrix_x4(b, B.at(b_row + 8 * n + (lane & 7) + ((lane >> 4) << 3), 2 * k + ((lane >> 3) & 1)));
-      mma(c[n], a, b[0], b[1]);
-      mma(c[n + 1], a, b[2], b[3]);
+      load_matrices(b, B.at(b_row + 8 * n + (lane & 7) + ((lane >> 4) << 3), 2 * k + ((lane >> 3) & 1)));
+      matrix_multiply(c[n], a, b[0], b[1]);
+      matrix_multiply(c[n + 1], a, b[2], b[3]);
     }
     if (N % 2) {
       u32 b[2];
-      load_matrix_x2(b, B.at(b_row + 8 * (N - 1) + (lane & 7), 2 * k + ((lane >> 3) & 1)));
-      mma(c[N - 1], a, b[0], b[1]);
+      load_matrix_pair(b, B.at(b_row + 8 * (N - 1) + (lane & 7), 2 * k + ((lane >> 3) & 1)));
+      matrix_multiply(c[N - 1], a, b[0], b[1]);
     }
   }
 }
@@ -113,13 +63,13 @@ __device__ __forceinline__ void multiply(float (&c)[N][4], const u32 (&a)[4], Ti
 #pragma unroll
   for (int n = 0; n + 1 < N; n += 2) {
     u32 b[4];
-    load_matrix_x4_trans(b, B.at(b_row + (lane & 15), unit + n + (lane >> 4)));
-    mma(c[n], a, b[0], b[1]);
-    mma(c[n + 1], a, b[2], b[3]);
+    load_matrices_transposed(b, B.at(b_row + (lane & 15), unit + n + (lane >> 4)));
+    matrix_multiply(c[n], a, b[0], b[1]);
+    matrix_multiply(c[n + 1], a, b[2], b[3]);
   }
   if (N % 2) {
     u32 b[2];
-    load_matrix_x2_trans(b, B.at(b_row + (lane & 15), unit + N - 1));
-    mma(c[N - 1], a, b[0], b[1]);
+    load_matrix_pair_transposed(b, B.at(b_row + (lane & 15), unit + N - 1));
+    matrix_multiply(c[N - 1], a, b[0], b[1]);
   }
 }

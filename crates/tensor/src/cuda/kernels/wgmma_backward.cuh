@@ -2,15 +2,10 @@
 // them.
 #pragma once
 #include "tensor_core_backward.cuh"
+#include "warpgroup.cuh"
 
-// ---- barriers in shared memory; a barrier's phase completes when `count` arrivals have come ----
+// ---- barriers in shared memory: beside those of warpgroup.cuh, one that asks without waiting ----
 
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 // Whether the phase of this parity (0 for the first phase, then alternating) is complete.
 __device__ __forceinline__ bool barrier_done(u32 barrier, u32 parity) {
   u32 done;
@@ -25,8 +20,8 @@ __device__ __forceinline__ bool barrier_done(u32 barrier, u32 parity) {
       : "memory");
   return done;
 }
-// Until it is.
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+// Waits until it is: barrier_wait with its loop in one piece, which is what the backward kernels were measured with.
+__device__ __forceinline__ void barrier_wait_in_place(u32 barrier, u32 parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -39,20 +34,9 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
-// Makes this thread's finished writes to shared memory visible to wgmma of whoever synchronizes with it afterwards.
-__device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // x, which is the same in all lanes.
 __device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
-template <int N>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
 
 // ---- tiles ----
 
@@ -74,7 +58,7 @@ struct SwizzledTile {
     src += row * ld + unit * 8;
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; i++) {
-      copy_16(dst + i * (STEP * 128), src, row + i * STEP < valid);
+      copy_async(dst + i * (STEP * 128), src, row + i * STEP < valid);
       src += STEP * ld;
     }
   }
@@ -102,8 +86,6 @@ struct SwizzledTile {
 // ---- products; d[64, N] is spread over the warpgroup: warp w has rows 16 w .., there d[4 n ..] is laid out as mma's
 // accumulator of columns 8 n .. ----
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most N committed groups are still running.
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
