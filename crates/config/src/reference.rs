@@ -40,7 +40,7 @@ const EVALUATION: &str = include_str!("run/evaluation.rs");
 const TEMPLATE: &str = include_str!("../../data/src/template.rs");
 const PREPARE: &str = include_str!("../../data/src/prepare.rs");
 const STORE: &str = include_str!("../../store/src/schema.rs");
-const EAGLE3: &str = include_str!("../../methods/src/eagle3.rs");
+const EAGLE3: &str = include_str!("../../methods/src/eagle3/config.rs");
 const OPTIMIZER: &str = include_str!("../../nn/src/optimizer/config.rs");
 const SCHEDULE: &str = include_str!("../../nn/src/schedule.rs");
 

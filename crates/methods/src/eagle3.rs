@@ -8,6 +8,8 @@
 //! token p), sits at position p+i, attends to the step-0 keys of rows up to p and to its own keys of steps 1..i,
 //! and is compared with the target's distribution at token p+1+i, which predicts token p+2+i.
 
+mod config;
+mod dims;
 mod drafter;
 mod plan;
 #[cfg(test)]
@@ -15,15 +17,17 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
 use specforge_models::{Capture, TargetInfo};
 use specforge_nn::init;
-use specforge_nn::rope::{RopeConfig, RopeTables};
+use specforge_nn::rope::RopeTables;
 use specforge_tensor::{
-    Attention, AttentionShape, Collected, KeyValue, LossFigures, Objective, ParamId, Params, Part, Rope,
-    SoftTargetLoss, Tape, Tensor, Var, Weight,
+    Attention, AttentionShape, Collected, KeyValue, LossFigures, ParamId, Params, Part, Rope, SoftTargetLoss,
+    Tape, Tensor, Var, Weight,
 };
 
+pub use self::config::{Config, LossMask, Normalization, ObjectiveName};
+pub use self::dims::Dims;
+use self::dims::N_CAPTURED;
 use self::plan::{At, Plan};
 use crate::{
     Batch, DraftMethod, Drafter, Error, Frozen, Loss, Metric, PendingLoss, Ratio, Result, Teacher, VocabMap,
@@ -31,285 +35,6 @@ use crate::{
 
 /// The method's name.
 pub const NAME: &str = "eagle3";
-
-/// The `[method.eagle3]` table of a recipe. Sizes left out follow the target.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-pub struct Config {
-    /// Test-time-training steps: how many tokens ahead the draft learns to run on its own outputs.
-    pub ttt_steps: usize,
-    /// Weight of step i: `step-decay^i`.
-    pub step_decay: f64,
-    /// What is minimised: `kl`, `lk-alpha` or `lk-lambda`.
-    pub objective: ObjectiveName,
-    /// `lk-lambda`: factor of the KL weight.
-    pub kl_scale: f64,
-    /// `lk-lambda`: how fast the KL weight falls as acceptance rises.
-    pub kl_decay: f64,
-    /// Which rows carry loss: `aligned` (rows whose input token is supervised, as at serving) or `specforge`
-    /// (shifted back by one token, as SpecForge and the authors' code have it).
-    pub loss_mask: LossMask,
-    /// What a row's loss is divided by: `sequence` (all tokens of its document, so each document counts equally, as
-    /// SpecForge has it for one document a batch) or `supervised` (all supervised tokens count equally).
-    pub normalization: Normalization,
-    /// Tokens the draft's head can name; absent or the target's size: all of them.
-    pub draft_vocab_size: Option<usize>,
-    /// Width H; absent: the target's. A draft of another width cannot share the target's embedding and trains its own.
-    pub hidden_size: Option<usize>,
-    /// Width of the MLP; absent: the target's.
-    pub intermediate_size: Option<usize>,
-    /// Query heads; absent: the target's.
-    pub num_attention_heads: Option<usize>,
-    /// Key-value heads; absent: the target's.
-    pub num_key_value_heads: Option<usize>,
-    /// Width of a head; absent: the target's.
-    pub head_dim: Option<usize>,
-    /// Layers whose outputs are captured (0-based, ascending); absent: `[1, n/2-1, n-4]`.
-    pub capture_layers: Option<Vec<usize>>,
-    /// EAGLE3.1: norm every captured state before `fc`.
-    pub fc_norm: bool,
-    /// EAGLE3.1: feed the normed state to the next step.
-    pub norm_output: bool,
-    /// Standard deviation of fresh weights.
-    pub initializer_range: f64,
-}
-
-/// Names of the objectives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ObjectiveName {
-    /// Cross-entropy against the target's distribution.
-    Kl,
-    /// Minus the log of the acceptance probability.
-    LkAlpha,
-    /// KL and acceptance, weighed by how high the acceptance is.
-    LkLambda,
-}
-
-/// Which rows carry loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LossMask {
-    /// The row's input token is supervised.
-    Aligned,
-    /// The token before it is.
-    Specforge,
-}
-
-/// What a row's loss is divided by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Normalization {
-    /// All tokens of its document.
-    Sequence,
-    /// All supervised tokens.
-    Supervised,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            ttt_steps: 7,
-            step_decay: 0.8,
-            objective: ObjectiveName::Kl,
-            kl_scale: 1.0,
-            kl_decay: 1.0,
-            loss_mask: LossMask::Aligned,
-            normalization: Normalization::Sequence,
-            draft_vocab_size: None,
-            hidden_size: None,
-            intermediate_size: None,
-            num_attention_heads: None,
-            num_key_value_heads: None,
-            head_dim: None,
-            capture_layers: None,
-            fc_norm: false,
-            norm_output: false,
-            initializer_range: 0.02,
-        }
-    }
-}
-
-impl Config {
-    /// What to record from the target: the layers, and the last hidden state as the teacher.
-    pub fn capture(&self, target: &TargetInfo) -> Result<Capture> {
-        let Some(layers) = &self.capture_layers else { return Ok(Capture::eagle3_default(target.n_layers)?) };
-        // The last layer's output is never captured by serving engines (sglang-contract: capture at layer entry).
-        let ascending = layers.windows(2).all(|w| w[0] < w[1]);
-        if layers.len() != 3 || !ascending || layers[2] + 1 >= target.n_layers {
-            let reason =
-                format!("expected three ascending layers below {}", target.n_layers.saturating_sub(1));
-            return Err(config_error("capture-layers", format!("{layers:?}"), reason));
-        }
-        Ok(Capture { layers: layers.clone(), last_hidden: true })
-    }
-
-    fn objective(&self) -> Objective {
-        match self.objective {
-            ObjectiveName::Kl => Objective::Kl,
-            ObjectiveName::LkAlpha => Objective::LkAlpha,
-            ObjectiveName::LkLambda => {
-                Objective::LkLambda { kl_scale: self.kl_scale, kl_decay: self.kl_decay }
-            }
-        }
-    }
-
-    /// Refuses values that no target could make right.
-    pub fn check(&self) -> Result<()> {
-        let fail = |key, got: String, why: &str| Err(config_error(key, got, format!("expected {why}")));
-        if !(1..=32).contains(&self.ttt_steps) {
-            return fail("ttt-steps", self.ttt_steps.to_string(), "1 to 32");
-        }
-        if !(self.step_decay > 0.0 && self.step_decay <= 1.0) {
-            return fail("step-decay", self.step_decay.to_string(), "above 0 and at most 1");
-        }
-        let scales = [
-            ("kl-scale", self.kl_scale),
-            ("kl-decay", self.kl_decay),
-            ("initializer-range", self.initializer_range),
-        ];
-        if let Some((key, got)) = scales.into_iter().find(|(_, v)| !(*v >= 0.0 && v.is_finite())) {
-            return fail(key, got.to_string(), "0 or above");
-        }
-        let sizes = [
-            ("draft-vocab-size", self.draft_vocab_size),
-            ("hidden-size", self.hidden_size),
-            ("intermediate-size", self.intermediate_size),
-            ("num-attention-heads", self.num_attention_heads),
-            ("num-key-value-heads", self.num_key_value_heads),
-            ("head-dim", self.head_dim),
-        ];
-        match sizes.into_iter().find(|(_, size)| *size == Some(0)) {
-            Some((key, _)) => fail(key, "0".to_owned(), "1 or more; leave it out to follow the target"),
-            None => Ok(()),
-        }
-    }
-}
-
-fn config_error(key: &str, got: String, reason: String) -> Error {
-    Error::Config { method: NAME, key: key.to_owned(), got, reason }
-}
-
-/// The draft's shape: the keys of its `config.json`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Dims {
-    /// H.
-    pub hidden_size: usize,
-    /// Ht.
-    pub target_hidden_size: usize,
-    /// Width of the MLP.
-    pub intermediate_size: usize,
-    /// Query heads.
-    pub num_attention_heads: usize,
-    /// Key-value heads.
-    pub num_key_value_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// V.
-    pub vocab_size: usize,
-    /// Vd.
-    pub draft_vocab_size: usize,
-    /// Epsilon of every RMSNorm.
-    pub rms_norm_eps: f64,
-    /// Rotary embedding.
-    pub rope: RopeConfig,
-    /// Positions the tables cover.
-    pub max_position_embeddings: usize,
-    /// EAGLE3.1: norm every captured state before `fc`.
-    pub fc_norm: bool,
-    /// EAGLE3.1: feed the normed state to the next step.
-    pub norm_output: bool,
-}
-
-/// Captured layers of an EAGLE3 draft.
-const N_CAPTURED: usize = 3;
-
-impl Dims {
-    fn resolve(config: &Config, target: &TargetInfo, draft_vocab_size: usize) -> Result<Self> {
-        let dims = Self {
-            hidden_size: config.hidden_size.unwrap_or(target.hidden_size),
-            target_hidden_size: target.hidden_size,
-            intermediate_size: config.intermediate_size.unwrap_or(target.intermediate_size),
-            num_attention_heads: config.num_attention_heads.unwrap_or(target.n_heads),
-            num_key_value_heads: config.num_key_value_heads.unwrap_or(target.n_kv_heads),
-            head_dim: config.head_dim.unwrap_or(target.head_dim),
-            vocab_size: target.vocab_size,
-            draft_vocab_size,
-            rms_norm_eps: target.rms_norm_eps,
-            rope: RopeConfig::from_json(&target.raw, config.head_dim.unwrap_or(target.head_dim))?,
-            max_position_embeddings: target.max_position_embeddings,
-            fc_norm: config.fc_norm,
-            norm_output: config.norm_output,
-        };
-        dims.check_heads()?;
-        Ok(dims)
-    }
-
-    fn check_heads(&self) -> Result<()> {
-        let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);
-        if kv == 0 || !heads.is_multiple_of(kv) {
-            let reason = format!("expected a divisor of the {heads} attention heads");
-            return Err(config_error("num-key-value-heads", kv.to_string(), reason));
-        }
-        Ok(())
-    }
-
-    /// From an exported `config.json`. Keys it may leave out: `head_dim`, `draft_vocab_size`, `target_hidden_size`.
-    pub fn from_json(config: &serde_json::Value) -> Result<Self> {
-        let optional = |key: &str| config[key].as_u64().map(|n| n as usize);
-        let required = |key: &str| {
-            let reason = format!("expected a positive number, got {}", config[key]);
-            optional(key).filter(|&n| n > 0).ok_or(Error::DraftConfig { key: key.to_owned(), reason })
-        };
-        let (hidden_size, heads) = (required("hidden_size")?, required("num_attention_heads")?);
-        let vocab_size = required("vocab_size")?;
-        let head_dim = optional("head_dim").unwrap_or(hidden_size / heads);
-        let dims = Self {
-            hidden_size,
-            target_hidden_size: optional("target_hidden_size").unwrap_or(hidden_size),
-            intermediate_size: required("intermediate_size")?,
-            num_attention_heads: heads,
-            num_key_value_heads: optional("num_key_value_heads").unwrap_or(heads),
-            head_dim,
-            vocab_size,
-            draft_vocab_size: optional("draft_vocab_size").unwrap_or(vocab_size),
-            rms_norm_eps: config["rms_norm_eps"].as_f64().unwrap_or(1e-6),
-            rope: RopeConfig::from_json(config, head_dim)?,
-            max_position_embeddings: required("max_position_embeddings")?,
-            fc_norm: config["fc_norm"].as_bool().unwrap_or(false),
-            norm_output: config["norm_output"].as_bool().unwrap_or(false),
-        };
-        dims.check_heads()?;
-        Ok(dims)
-    }
-
-    /// Every weight's checkpoint name and shape, in declaration order; the embedding comes first.
-    pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
-        let (h, ht, i) = (self.hidden_size, self.target_hidden_size, self.intermediate_size);
-        let q = self.num_attention_heads * self.head_dim;
-        let kv = self.num_key_value_heads * self.head_dim;
-        let mut weights = vec![
-            ("embed_tokens.weight".to_owned(), vec![self.vocab_size, h]),
-            ("fc.weight".to_owned(), vec![h, N_CAPTURED * ht]),
-            ("midlayer.input_layernorm.weight".to_owned(), vec![h]),
-            ("midlayer.hidden_norm.weight".to_owned(), vec![h]),
-            ("midlayer.self_attn.q_proj.weight".to_owned(), vec![q, 2 * h]),
-            ("midlayer.self_attn.k_proj.weight".to_owned(), vec![kv, 2 * h]),
-            ("midlayer.self_attn.v_proj.weight".to_owned(), vec![kv, 2 * h]),
-            ("midlayer.self_attn.o_proj.weight".to_owned(), vec![h, q]),
-            ("midlayer.post_attention_layernorm.weight".to_owned(), vec![h]),
-            ("midlayer.mlp.gate_proj.weight".to_owned(), vec![i, h]),
-            ("midlayer.mlp.up_proj.weight".to_owned(), vec![i, h]),
-            ("midlayer.mlp.down_proj.weight".to_owned(), vec![h, i]),
-            ("norm.weight".to_owned(), vec![h]),
-            ("lm_head.weight".to_owned(), vec![self.draft_vocab_size, h]),
-        ];
-        if self.fc_norm {
-            weights.extend((0..N_CAPTURED).map(|a| (format!("fc_norm.{a}.weight"), vec![ht])));
-        }
-        weights
-    }
-}
 
 /// The draft's modules, by checkpoint name; those that read the same input side by side.
 #[derive(Debug)]
