@@ -68,7 +68,7 @@ fn cases_below(dir: &Path, prefix: &str) -> Vec<(String, PathBuf)> {
 }
 
 #[expect(clippy::print_stdout, reason = "a skipped test has to say so, and test output is captured")]
-fn announce_skip(why: &str) {
+pub fn announce_skip(why: &str) {
     println!("skipped: {why}");
 }
 

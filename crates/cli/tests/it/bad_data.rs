@@ -42,7 +42,7 @@ fn several_problems_of_a_recipe_are_told_at_once() {
     let world = World::new();
     world.fails(&["train", "R", "--set", "train.optimizer.beta1=0.8"], &["--set", "beta1"]);
     world.fails(&["train", "R", "--set", "seed"], &["--set", "seed"]);
-    world.fails(&["train", "R", "--set", "device=cuda"], &["device", "cpu"]);
+    world.fails(&["train", "R", "--set", "device=tpu"], &["device", "cpu"]);
 }
 
 #[test]

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
-use specforge_testkit::{Lcg, SmallTarget};
+use specforge_testkit::{Lcg, SmallTarget, test_device};
 
 /// The recipe of most tests: two epochs of 13 steps or so, saved, logged and evaluated often.
 const RECIPE: &str = r#"
 name = "run"
 output-dir = "runs"
 mode = "online"
+device = "DEVICE"
 threads = 2
 
 [target]
@@ -68,7 +69,7 @@ impl World {
         let world = Self { folder: specforge_testkit::tempdir() };
         target.write(&world.path("target"));
         world.write("conversations.jsonl", conversations(60, 3));
-        world.write("recipe.toml", RECIPE);
+        world.write("recipe.toml", RECIPE.replace("DEVICE", &test_device()));
         world
     }
 
