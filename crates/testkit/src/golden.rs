@@ -1,4 +1,4 @@
-//! Where the golden cases are, and how a test asks for one.
+//! What tests take from their environment: where the golden cases are, and on which device to run.
 //!
 //! A case is a folder; its `case.json` holds settings and tolerances, its tensors are in safetensors
 //! files. The folder of cases can be exchanged for another one of the same format.
@@ -17,6 +17,16 @@ pub fn golden_dir() -> PathBuf {
         Some(dir) if !dir.is_empty() => dir.into(),
         _ => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden"),
     }
+}
+
+/// Where the end-to-end tests compute: `SPECFORGE_TEST_DEVICE` (`cuda` on a machine with a GPU), else `cpu`. What a test
+/// expects must not depend on what the machine happens to have.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests have no command line: the environment is the only way to run them on another device"
+)]
+pub fn test_device() -> String {
+    std::env::var("SPECFORGE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
 }
 
 /// The folder of the case `name` (a path below [`golden_dir`], `targets/llama` for example).
@@ -67,6 +77,7 @@ fn cases_below(dir: &Path, prefix: &str) -> Vec<(String, PathBuf)> {
     cases
 }
 
+/// Says that a test is skipped, and why.
 #[expect(clippy::print_stdout, reason = "a skipped test has to say so, and test output is captured")]
 pub fn announce_skip(why: &str) {
     println!("skipped: {why}");

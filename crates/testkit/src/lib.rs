@@ -4,15 +4,13 @@
 //! inside tests. It depends on no other crate of the workspace, so that every one of them can use it.
 
 mod compare;
-mod device;
 mod golden;
 mod random;
 mod target;
 mod tensors;
 
 pub use compare::{assert_close, assert_close_max};
-pub use device::test_device;
-pub use golden::{announce_skip, case_json, golden_case, golden_cases, golden_dir};
+pub use golden::{announce_skip, case_json, golden_case, golden_cases, golden_dir, test_device};
 pub use random::Lcg;
 pub use target::{CHATML, SmallTarget, TargetTensor, byte_level_tokenizer, tokenizer_config};
 pub use tensors::{Tensor, Tensors, Values};
