@@ -29,6 +29,27 @@ impl Var {
     }
 }
 
+/// Where the gradient of a value goes. An operation whose backward does not read the value keeps this alone, and the
+/// value may be gone.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Slot {
+    node: Option<usize>,
+    rows_cols: (usize, usize),
+}
+
+impl From<&Var> for Slot {
+    fn from(var: &Var) -> Self {
+        Self { node: var.node, rows_cols: var.rows_cols() }
+    }
+}
+
+impl Slot {
+    /// The shape of the value, seen as a matrix.
+    pub(crate) fn shape(self) -> [usize; 2] {
+        [self.rows_cols.0, self.rows_cols.1]
+    }
+}
+
 /// The backward half of one operation; it owns what the forward saved and is used once.
 pub(crate) trait Backward {
     /// Adds the gradients of the operation's inputs and parameters, given that of its output.
@@ -44,8 +65,8 @@ pub(crate) struct Sink<'p> {
 
 impl Sink<'_> {
     /// Adds `d` to the gradient of a value; nothing where no gradient flows.
-    pub(crate) fn add(&mut self, var: &Var, d: Tensor) -> Result<()> {
-        let Some(node) = var.node else { return Ok(()) };
+    pub(crate) fn add(&mut self, to: impl Into<Slot>, d: Tensor) -> Result<()> {
+        let Some(node) = to.into().node else { return Ok(()) };
         match &mut self.by_node[node] {
             Some(sum) => sum.device().kernels().add_assign(sum, &d)?,
             empty => *empty = Some(d),
@@ -56,36 +77,37 @@ impl Sink<'_> {
     /// As [`Sink::add`], by an operation that can add to the gradient so far while it computes its own.
     pub(crate) fn add_onto(
         &mut self,
-        var: &Var,
+        to: impl Into<Slot>,
         f: impl FnOnce(Option<Tensor>) -> Result<Tensor>,
     ) -> Result<()> {
-        if var.node.is_some() {
-            let sum = f(self.take(var))?;
-            self.put(var, sum);
+        let to = to.into();
+        if to.node.is_some() {
+            let sum = f(self.take(to))?;
+            self.put(to, sum);
         }
         Ok(())
     }
 
     /// The gradient of a value so far, to be put back.
-    pub(crate) fn take(&mut self, var: &Var) -> Option<Tensor> {
-        var.node.and_then(|node| self.by_node[node].take())
+    pub(crate) fn take(&mut self, of: impl Into<Slot>) -> Option<Tensor> {
+        of.into().node.and_then(|node| self.by_node[node].take())
     }
 
     /// Puts back what was taken, with more added to it; nothing where no gradient flows.
-    pub(crate) fn put(&mut self, var: &Var, sum: Tensor) {
-        if let Some(node) = var.node {
+    pub(crate) fn put(&mut self, of: impl Into<Slot>, sum: Tensor) {
+        if let Some(node) = of.into().node {
             self.by_node[node] = Some(sum);
         }
     }
 
     /// Adds `d` to the gradient of some columns of a value.
-    pub(crate) fn add_columns(&mut self, var: &Var, first: usize, d: Tensor) -> Result<()> {
-        let width = d.rows_cols().1;
-        if width == var.rows_cols().1 {
-            return self.add(var, d);
+    pub(crate) fn add_columns(&mut self, to: impl Into<Slot>, first: usize, d: Tensor) -> Result<()> {
+        let (to, width) = (to.into(), d.rows_cols().1);
+        if width == to.rows_cols.1 {
+            return self.add(to, d);
         }
-        self.add_onto(var, |sum| {
-            let mut sum = sum.map_or_else(|| Tensor::activations(d.device(), var.value.shape()), Ok)?;
+        self.add_onto(to, |sum| {
+            let mut sum = sum.map_or_else(|| Tensor::activations(d.device(), &to.shape()), Ok)?;
             d.device().kernels().add_columns(&mut sum, first..first + width, &d)?;
             Ok(sum)
         })

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{expect_cols, expect_shape};
-use crate::tape::{Backward, Sink};
+use crate::tape::{Backward, Sink, Slot};
 use crate::{ParamId, Result, Tape, Tensor, Var};
 
 /// Weight matrices `[N, K]` as a linear layer uses them: one or several of the same width, one below the other (their
@@ -50,7 +50,7 @@ impl Weight {
 struct Linear {
     x: Var,
     w: Stack,
-    residual: Option<Var>,
+    residual: Option<Slot>,
 }
 
 impl Tape<'_> {
@@ -72,7 +72,8 @@ impl Tape<'_> {
         let y = w.product(x.value(), residual)?;
         let needed =
             w.is_trained(self) || self.any_needed(&[x]) || residual.is_some_and(|r| self.any_needed(&[r]));
-        Ok(self.record(y, needed, || Box::new(Linear { x: x.clone(), w, residual: residual.cloned() })))
+        Ok(self
+            .record(y, needed, || Box::new(Linear { x: x.clone(), w, residual: residual.map(Slot::from) })))
     }
 }
 
@@ -142,7 +143,7 @@ impl Backward for Linear {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
         self.w.wgrad(&dy, self.x.value(), sink)?;
         sink.add_onto(&self.x, |into| self.w.dgrad(&dy, into))?;
-        match &self.residual {
+        match self.residual {
             Some(residual) => sink.add(residual, dy),
             None => Ok(()),
         }

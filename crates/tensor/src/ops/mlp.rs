@@ -2,7 +2,7 @@
 
 use super::expect_shape;
 use super::linear::{Stack, Weight};
-use crate::tape::{Backward, Sink};
+use crate::tape::{Backward, Sink, Slot};
 use crate::{Error, Result, Tape, Tensor, Var};
 
 struct SwiGlu {
@@ -12,12 +12,12 @@ struct SwiGlu {
 struct SwiGluLinear {
     gate_up: Var,
     w: Stack,
-    residual: Var,
+    residual: Slot,
 }
 
 struct Add {
-    a: Var,
-    b: Var,
+    a: Slot,
+    b: Slot,
 }
 
 impl Tape<'_> {
@@ -37,7 +37,7 @@ impl Tape<'_> {
         let y = w.product(&x, Some(residual))?;
         let needed = w.is_trained(self) || self.any_needed(&[gate_up, residual]);
         Ok(self.record(y, needed, || {
-            Box::new(SwiGluLinear { gate_up: gate_up.clone(), w, residual: residual.clone() })
+            Box::new(SwiGluLinear { gate_up: gate_up.clone(), w, residual: residual.into() })
         }))
     }
 
@@ -45,7 +45,7 @@ impl Tape<'_> {
     pub fn add(&self, a: &Var, b: &Var) -> Result<Var> {
         expect_shape("add", "right side", b.value(), a.value().shape())?;
         let y = a.value().device().kernels().add(a.value(), b.value())?;
-        Ok(self.record(y, self.any_needed(&[a, b]), || Box::new(Add { a: a.clone(), b: b.clone() })))
+        Ok(self.record(y, self.any_needed(&[a, b]), || Box::new(Add { a: a.into(), b: b.into() })))
     }
 }
 
@@ -62,7 +62,7 @@ impl Backward for SwiGluLinear {
         let (d, x) = dy.device().kernels().swiglu_backward(&dx, self.gate_up.value())?;
         self.w.wgrad(&dy, &x, sink)?;
         sink.add(&self.gate_up, d)?;
-        sink.add(&self.residual, dy)
+        sink.add(self.residual, dy)
     }
 }
 
@@ -75,7 +75,7 @@ impl Backward for SwiGlu {
 
 impl Backward for Add {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        sink.add(&self.a, dy.clone())?;
-        sink.add(&self.b, dy)
+        sink.add(self.a, dy.clone())?;
+        sink.add(self.b, dy)
     }
 }

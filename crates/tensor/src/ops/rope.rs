@@ -2,7 +2,7 @@
 
 use super::{expect_cols_from, expect_rows, expect_shape};
 use crate::kernels::{AddedRows, Columns, Rotation};
-use crate::tape::{Backward, Sink};
+use crate::tape::{Backward, Sink, Slot};
 use crate::{DType, Error, Result, Tape, Tensor, Var};
 
 /// How rows are rotated.
@@ -60,7 +60,7 @@ impl Part {
 }
 
 struct Saved {
-    x: Var,
+    x: Slot,
     rope: Rope,
     added: Option<(Part, Tensor)>,
 }
@@ -89,7 +89,7 @@ impl Tape<'_> {
         let y = x.value().device().kernels().rope(x.value(), &rope.rotation(), rows)?;
         let needed = self.any_needed(&[x]) || added.is_some_and(|(table, _)| self.any_needed(&[&table.of]));
         let added = added.map(|(table, index)| (table.clone(), index.clone()));
-        Ok(self.record(y, needed, || Box::new(Saved { x: x.clone(), rope: rope.clone(), added })))
+        Ok(self.record(y, needed, || Box::new(Saved { x: x.into(), rope: rope.clone(), added })))
     }
 }
 
@@ -108,6 +108,6 @@ impl Backward for Saved {
                 dx
             }
         };
-        sink.add(&self.x, dx)
+        sink.add(self.x, dx)
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{expect_cols, expect_rows, expect_shape};
-use crate::tape::{Backward, Sink};
+use crate::tape::{Backward, Sink, Slot};
 use crate::{Error, ParamId, Result, Tape, Tensor, Var};
 
 struct Embedding {
@@ -12,12 +12,13 @@ struct Embedding {
 }
 
 struct GatherRows {
-    x: Var,
+    x: Slot,
     index: Tensor,
 }
 
 struct CollectRows {
-    sources: Vec<Collected>,
+    /// Each source, its rows, and their places.
+    sources: Vec<(Slot, Tensor, Tensor)>,
 }
 
 /// Rows of one value and the places they take in a collection.
@@ -32,7 +33,7 @@ pub struct Collected {
 }
 
 struct Columns {
-    x: Var,
+    x: Slot,
     cols: Range<usize>,
 }
 
@@ -62,7 +63,7 @@ impl Tape<'_> {
         }
         let y = x.value().device().kernels().gather_rows(x.value(), index)?;
         Ok(self
-            .record(y, self.any_needed(&[x]), || Box::new(GatherRows { x: x.clone(), index: index.clone() })))
+            .record(y, self.any_needed(&[x]), || Box::new(GatherRows { x: x.into(), index: index.clone() })))
     }
 
     /// One value of `n_rows` rows out of rows of several, all of the same width.
@@ -80,7 +81,8 @@ impl Tape<'_> {
             kernels.copy_rows(&mut y, &c.to, c.source.value(), &c.from)?;
         }
         let needed = sources.iter().any(|c| self.any_needed(&[&c.source]));
-        Ok(self.record(y, needed, || Box::new(CollectRows { sources })))
+        let sources = || sources.into_iter().map(|c| (Slot::from(&c.source), c.from, c.to)).collect();
+        Ok(self.record(y, needed, || Box::new(CollectRows { sources: sources() })))
     }
 
     /// A copy of some columns of x.
@@ -90,7 +92,7 @@ impl Tape<'_> {
             return Err(Error::shape("columns", "input", expected, x.value().shape()));
         }
         let y = x.value().device().kernels().columns(x.value(), cols.clone())?;
-        Ok(self.record(y, self.any_needed(&[x]), || Box::new(Columns { x: x.clone(), cols })))
+        Ok(self.record(y, self.any_needed(&[x]), || Box::new(Columns { x: x.into(), cols })))
     }
 }
 
@@ -103,8 +105,8 @@ impl Backward for Embedding {
 
 impl Backward for GatherRows {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        sink.add_onto(&self.x, |sum| {
-            let mut d = sum.map_or_else(|| Tensor::activations(dy.device(), self.x.value().shape()), Ok)?;
+        sink.add_onto(self.x, |sum| {
+            let mut d = sum.map_or_else(|| Tensor::activations(dy.device(), &self.x.shape()), Ok)?;
             dy.device().kernels().scatter_add_rows(&mut d, &self.index, &dy)?;
             Ok(d)
         })
@@ -114,14 +116,13 @@ impl Backward for GatherRows {
 impl Backward for CollectRows {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
         let kernels = dy.device().kernels();
-        for c in &self.sources {
-            let rows = c.source.rows_cols().0;
-            sink.add_onto(&c.source, |sum| match (sum, inverse(c, rows)) {
+        for (source, from, to) in &self.sources {
+            sink.add_onto(*source, |sum| match (sum, inverse(from, to, source.shape()[0])) {
                 (None, Some(index)) => kernels.gather_rows(&dy, &Tensor::from_u32(dy.device(), index)),
                 (sum, _) => {
-                    let zeros = || Tensor::activations(dy.device(), c.source.value().shape());
+                    let zeros = || Tensor::activations(dy.device(), &source.shape());
                     let mut d = sum.map_or_else(zeros, Ok)?;
-                    kernels.scatter_add_rows(&mut d, &c.from, &kernels.gather_rows(&dy, &c.to)?)?;
+                    kernels.scatter_add_rows(&mut d, from, &kernels.gather_rows(&dy, to)?)?;
                     Ok(d)
                 }
             })?;
@@ -131,9 +132,9 @@ impl Backward for CollectRows {
 }
 
 /// For each row of a source its place in the collection, `u32::MAX` for none; nothing if a row has several.
-fn inverse(c: &Collected, rows: usize) -> Option<Vec<u32>> {
+fn inverse(from: &Tensor, to: &Tensor, rows: usize) -> Option<Vec<u32>> {
     let mut index = vec![u32::MAX; rows];
-    for (&from, &to) in c.from.u32s()?.iter().zip(c.to.u32s()?) {
+    for (&from, &to) in from.u32s()?.iter().zip(to.u32s()?) {
         let place = &mut index[from as usize];
         if *place != u32::MAX {
             return None;
@@ -145,6 +146,6 @@ fn inverse(c: &Collected, rows: usize) -> Option<Vec<u32>> {
 
 impl Backward for Columns {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        sink.add_columns(&self.x, self.cols.start, dy)
+        sink.add_columns(self.x, self.cols.start, dy)
     }
 }
