@@ -66,6 +66,9 @@ pub(crate) fn on_warpgroups(dim: usize) -> [bool; 2] {
 pub fn units(hopper: bool, only: Option<usize>) -> Vec<(&'static Unit, Defines)> {
     let mut all: Vec<(&Unit, Defines)> =
         [&NORM, &ROPE, &MLP, &ROWS, &LOSS, &ADAM, &SKINNY, &FP8].map(|unit| (unit, PLAIN)).to_vec();
+    if !hopper && only.is_none_or(|only| only == 256) {
+        all.push((&ATTENTION_BACKWARD, SMALL_SHARED_256));
+    }
     for &(dim, defines) in HEAD_DIMS.iter().filter(|(dim, _)| only.is_none_or(|only| only == *dim)) {
         let [forward, backward] = on_warpgroups(dim).map(|exists| exists && hopper);
         all.push((if forward { &ATTENTION_FORWARD_WGMMA } else { &ATTENTION_FORWARD }, defines));
