@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use specforge_config::DeviceChoice;
-use specforge_cuda::{Compiler, Config, Gpu, Library, libraries};
+use specforge_cuda::{Compiler, Config, Gpu, Library, blas_version, libraries};
 use specforge_tensor::Device;
 
 use crate::env;
@@ -88,9 +88,13 @@ pub(crate) fn facts() -> Value {
 
 fn library_line(library: &Library) -> String {
     let Some(path) = &library.path else { return format!("not found: {}", library.remedy) };
-    let version = match (library.name, Compiler::new()) {
-        ("nvrtc", Ok(compiler)) => format!(" ({}.{})", compiler.version().0, compiler.version().1),
-        _ => String::new(),
+    let version = match library.name {
+        "nvrtc" => {
+            Compiler::new().ok().map(|compiler| compiler.version()).map(|(a, b)| format!(" ({a}.{b})"))
+        }
+        "cublasLt" => blas_version().map(|(a, b)| format!(" ({a}.{b})")),
+        _ => None,
     };
+    let version = version.unwrap_or_default();
     format!("{}{version}", path.display())
 }

@@ -8,6 +8,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver;
 
 use crate::error::Called;
+use crate::libraries::libraries;
 use crate::memory::Pool;
 use crate::{Error, Gpu, Result};
 
@@ -66,6 +67,14 @@ pub struct Gemm {
     pub bias: Option<u64>,
     /// Factors of A's rows and B's columns, float32 `[m]` and `[n]`; for 8-bit inputs.
     pub scales: Option<[u64; 2]>,
+}
+
+/// The version of cuBLASLt, for example (13, 1); `None` where it is missing.
+pub fn blas_version() -> Option<(usize, usize)> {
+    libraries()[2].require().ok()?;
+    // SAFETY: the library is loaded; the call takes nothing and gives a number.
+    let version = unsafe { sys::cublasLtGetVersion() };
+    Some((version / 10_000, version / 100 % 100))
 }
 
 /// What the choice of an algorithm depends on.

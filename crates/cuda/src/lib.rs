@@ -19,7 +19,7 @@ mod unit;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-pub use blas::{Gemm, GemmType, Operand};
+pub use blas::{Gemm, GemmType, Operand, blas_version};
 pub use compiler::{Architecture, Compiler};
 pub use error::{Error, Result};
 pub use gpu::{Event, Gpu, Properties};
