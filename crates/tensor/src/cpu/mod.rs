@@ -136,6 +136,15 @@ impl Kernels for Cpu {
     fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
         Ok((swiglu::backward(dy, gate_up), swiglu::forward(gate_up)))
     }
+    fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {
+        Ok(swiglu::geglu(gate_up))
+    }
+    fn scale(&self, x: &Tensor, factor: f32) -> Result<Tensor> {
+        Ok(rows::map(x, |v| factor * v))
+    }
+    fn soft_cap(&self, x: &Tensor, cap: f32) -> Result<Tensor> {
+        Ok(rows::map(x, |v| cap * (v / cap).tanh()))
+    }
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let mut y = tensor(a.to_f32(), a.shape());
         rows::add_assign(&mut y, b);

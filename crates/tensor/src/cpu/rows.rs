@@ -127,6 +127,13 @@ pub(super) fn add_assign(dst: &mut Tensor, src: &Tensor) {
     }
 }
 
+/// `f` of every element.
+pub(super) fn map(x: &Tensor, f: impl Fn(f32) -> f32 + Sync) -> Tensor {
+    let mut y = x.to_f32();
+    for_rows(&mut y, x.rows_cols().1, |_, row| row.iter_mut().for_each(|v| *v = f(*v)));
+    tensor(y, x.shape())
+}
+
 pub(super) fn add_to_each_row(y: &mut [f32], bias: &[f32]) {
     for_rows(y, bias.len(), |_, row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
 }

@@ -109,6 +109,15 @@ impl Kernels for Cuda {
     fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
         norm::swiglu_backward(dy, gate_up)
     }
+    fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {
+        norm::geglu(gate_up)
+    }
+    fn scale(&self, x: &Tensor, factor: f32) -> Result<Tensor> {
+        rows::map(x, ["scale_b", "scale_f"], factor)
+    }
+    fn soft_cap(&self, x: &Tensor, cap: f32) -> Result<Tensor> {
+        rows::map(x, ["soft_cap_b", "soft_cap_f"], cap)
+    }
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         rows::add(a, b)
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::launch::{at, at_mut, elements, gpu_of, letter, output, row_blocks, run, typed};
+use super::launch::{at, at_mut, elements, gpu_of, in_bf16, letter, output, row_blocks, run, typed};
 use super::units::ROWS;
 use crate::{Later, Result, Tensor};
 
@@ -15,6 +15,19 @@ pub(super) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let y = output(a, a.dtype(), a.shape())?;
     let args = args![at(&y)?, at(a)?, at(b)?, a.len() as i64];
     run(gpu_of(a), &ROWS, "add_bb", [elements(a.len()), 1, 1], 256, args)?;
+    Ok(y)
+}
+
+/// A kernel of one number on every element; of bfloat16, or of float32.
+pub(super) fn map(x: &Tensor, kernels: [&'static str; 2], number: f32) -> Result<Tensor> {
+    let x = if letter(x) == 'f' { x.clone() } else { in_bf16(x)? };
+    let y = output(&x, x.dtype(), x.shape())?;
+    if x.is_empty() {
+        return Ok(y);
+    }
+    let kernel = kernels[usize::from(letter(&x) == 'f')];
+    let args = args![at(&y)?, at(&x)?, x.len() as i64, number];
+    run(gpu_of(&x), &ROWS, kernel, [elements(x.len()), 1, 1], 256, args)?;
     Ok(y)
 }
 

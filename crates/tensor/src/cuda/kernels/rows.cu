@@ -56,6 +56,24 @@ KERNEL add_bb(bf16* y, const bf16* a, const bf16* b, i64 n) {
   });
 }
 
+// y = f(x, number); y may be x.
+#define MAP(name, T, F)                                                          \
+  KERNEL name(T* y, const T* x, i64 n, float number) {                           \
+    for_elements(n, aligned(x, y), [&](i64 i, auto w) {                          \
+      constexpr int V = decltype(w)::value;                                      \
+      float v[V];                                                                \
+      load(x + i, v);                                                            \
+      _Pragma("unroll") for (int k = 0; k < V; ++k) v[k] = F(v[k], number);      \
+      store(y + i, v);                                                           \
+    });                                                                          \
+  }
+__device__ __forceinline__ float times(float x, float factor) { return factor * x; }
+__device__ __forceinline__ float soft_capped(float x, float cap) { return cap * tanhf(x / cap); }
+MAP(scale_b, bf16, times)
+MAP(scale_f, float, times)
+MAP(soft_cap_b, bf16, soft_capped)
+MAP(soft_cap_f, float, soft_capped)
+
 // dst += src, one rounding.
 #define ADD_ASSIGN(name, D, S)                                                                                \
   KERNEL name(D* dst, const S* src, i64 n) {                                                                  \
