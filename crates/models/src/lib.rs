@@ -12,6 +12,7 @@ mod cache;
 mod capture;
 mod config;
 mod error;
+mod frame;
 mod info;
 mod loader;
 mod mlp;
@@ -19,7 +20,12 @@ mod pass;
 mod rotary;
 mod target;
 
+mod glm4;
+mod granite;
 mod llama;
+mod mistral;
+mod olmo2;
+mod phi3;
 mod qwen2;
 mod qwen3;
 

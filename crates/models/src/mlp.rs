@@ -1,4 +1,4 @@
-//! The SwiGLU MLP (Shazeer, 2020) that most families share.
+//! The gated MLP (Shazeer, 2020) that most families share.
 
 use specforge_tensor::{Tape, Tensor, Var, Weight};
 
@@ -17,6 +17,7 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
+    /// From a matrix each for gate, up and down.
     pub(crate) fn new(info: &TargetInfo, bias: bool, loader: &mut Loader<'_>) -> Result<Self> {
         let (h, i) = (info.hidden_size, info.intermediate_size);
         Ok(Self {
@@ -26,9 +27,28 @@ impl Mlp {
         })
     }
 
-    /// The residual stream `h` with the MLP of its normed state `x` added. Long inputs go in chunks of rows, so that
-    /// the widest activation of a target keeps within [`CHUNK`].
+    /// From one matrix for gate and up, in this order, and one for down.
+    pub(crate) fn fused(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Self> {
+        let (h, i) = (info.hidden_size, info.intermediate_size);
+        Ok(Self {
+            gate_up: loader.linear("gate_up_proj", h, 2 * i, false)?,
+            down: loader.linear("down_proj", i, h, false)?,
+            intermediate: i,
+        })
+    }
+
+    /// The residual stream `h` with the MLP of its normed state `x` added.
     pub(crate) fn add_to(&self, tape: &Tape<'_>, h: &Var, x: &Var) -> Result<Var> {
+        self.in_chunks(tape, Some(h), x)
+    }
+
+    /// The MLP of `x` alone, for what is done to it before it is added.
+    pub(crate) fn of(&self, tape: &Tape<'_>, x: &Var) -> Result<Var> {
+        self.in_chunks(tape, None, x)
+    }
+
+    /// Long inputs go in chunks of rows, so that the widest activation of a target keeps within [`CHUNK`].
+    fn in_chunks(&self, tape: &Tape<'_>, h: Option<&Var>, x: &Var) -> Result<Var> {
         let (n, row) = (x.rows_cols().0, self.row_bytes(x.value()));
         let most = (CHUNK / row.max(1)).max(1);
         if n <= most {
@@ -38,7 +58,7 @@ impl Mlp {
         for first in (0..n).step_by(most) {
             let rows = first..(first + most).min(n);
             let part = |v: &Var| Ok::<_, crate::Error>(tape.input(v.value().rows(rows.clone())?));
-            let y = self.chunk(tape, &part(h)?, &part(x)?)?;
+            let y = self.chunk(tape, h.map(part).transpose()?.as_ref(), &part(x)?)?;
             match &mut all {
                 Some(all) => all.append_rows(y.value())?,
                 None => all = Some(y.value().clone()),
@@ -47,9 +67,12 @@ impl Mlp {
         Ok(tape.input(all.expect("more rows than one chunk has")))
     }
 
-    fn chunk(&self, tape: &Tape<'_>, h: &Var, x: &Var) -> Result<Var> {
-        let gate_up = tape.linear(x, &self.gate_up)?;
-        Ok(tape.linear_add(&tape.swiglu(&gate_up)?, &self.down, h)?)
+    fn chunk(&self, tape: &Tape<'_>, h: Option<&Var>, x: &Var) -> Result<Var> {
+        let y = tape.swiglu(&tape.linear(x, &self.gate_up)?)?;
+        Ok(match h {
+            Some(h) => tape.linear_add(&y, &self.down, h)?,
+            None => tape.linear(&y, &self.down)?,
+        })
     }
 
     /// Bytes of a row of gate and up.

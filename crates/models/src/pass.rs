@@ -7,6 +7,7 @@ use std::ops::Range;
 use specforge_tensor::{Attention, AttentionShape, KeyValue, Part, Rope, Spans, Tape, Tensor, Var};
 
 use crate::cache::{KvCache, Tree};
+use crate::frame::Frame;
 use crate::rotary::Rotary;
 use crate::{Result, TargetInfo};
 
@@ -49,8 +50,14 @@ pub(crate) struct Pass<'t, 'p> {
 }
 
 impl<'t, 'p> Pass<'t, 'p> {
-    pub(crate) fn new(info: &TargetInfo, tape: &'t Tape<'p>, rotary: Rotary, sight: Sight<'t>) -> Self {
-        let (eps, shape) = (info.rms_norm_eps as f32, info.attention_shape());
+    pub(crate) fn new(
+        info: &TargetInfo,
+        frame: &Frame,
+        tape: &'t Tape<'p>,
+        rotary: Rotary,
+        sight: Sight<'t>,
+    ) -> Self {
+        let (eps, shape) = (info.rms_norm_eps as f32, info.attention_shape(frame.attention_scale));
         Self { tape, eps, layer: 0, shape, rotary, sight }
     }
 

@@ -4,9 +4,10 @@ use std::ops::Range;
 use std::path::Path;
 
 use specforge_nn::weights::Weights;
-use specforge_tensor::{DType, Device, ParamId, Params, Tape, Tensor, Weight};
+use specforge_tensor::{DType, Device, ParamId, Params, Tape, Tensor, Var, Weight};
 
 use crate::cache::{KvCache, Tree};
+use crate::frame::Frame;
 use crate::loader::{Loader, Source};
 use crate::pass::{Layers, Pass, Sight};
 use crate::rotary::{Rotary, RotaryTables, Sequence};
@@ -16,6 +17,7 @@ use crate::{Capture, Captured, Error, Result, TargetInfo, architecture};
 #[derive(Debug)]
 pub struct Target {
     info: TargetInfo,
+    frame: Frame,
     device: Device,
     rotary: RotaryTables,
     params: Params,
@@ -24,7 +26,7 @@ pub struct Target {
     layers: Layers,
     /// The norm after the last layer, `[H]`.
     norm: ParamId,
-    /// `[V, H]`; the embedding where they are tied.
+    /// `[V, H]`; the embedding where they are tied and logits are not scaled.
     head: ParamId,
 }
 
@@ -52,6 +54,7 @@ impl Target {
         storage: Option<DType>,
     ) -> Result<Self> {
         let architecture = architecture::of(&info.path, &info.raw)?;
+        let frame = (architecture.frame)(&info)?;
         let mut params = Params::new();
         // Embedding, head and norms stay as they are: they are small, or the teacher's.
         let (fp8, storage) = match storage {
@@ -59,15 +62,18 @@ impl Target {
             other => (false, other),
         };
         let prefix = String::new();
-        let mut loader = Loader { folder, source, params: &mut params, device, storage, fp8, prefix };
+        let norm_offset = frame.norm_offset;
+        let mut loader =
+            Loader { folder, source, params: &mut params, device, storage, fp8, norm_offset, prefix };
         let table = [info.vocab_size, info.hidden_size];
         let embedding = loader.tensor("model.embed_tokens.weight", &table)?;
         let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;
         let norm = loader.norm("model.norm", info.hidden_size)?;
         let head =
             if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
+        let head = scaled(&mut params, head, frame.logit_scale)?;
         let rotary = RotaryTables::new(info.rope.clone(), device);
-        Ok(Self { info, device, rotary, params, embedding, layers, norm, head })
+        Ok(Self { info, frame, device, rotary, params, embedding, layers, norm, head })
     }
 
     /// The target's description.
@@ -80,14 +86,29 @@ impl Target {
         self.device
     }
 
-    /// Token embeddings, `[V, H]`, in the storage type.
+    /// Token embeddings as the checkpoint has them, `[V, H]`, in the storage type.
     pub fn embedding(&self) -> &Tensor {
         &self.params.get(self.embedding).value
     }
 
-    /// The language-model head, `[V, H]`, in the storage type; the embedding where they are tied.
+    /// The language-model head, `[V, H]`, in the storage type; the embedding where they are tied. A factor on the
+    /// logits is in it.
     pub fn head(&self) -> &Tensor {
         &self.params.get(self.head).value
+    }
+
+    /// The rows `[R, H]` of tokens as they enter the first layer.
+    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        Ok(self.embed_on(&Tape::inference(&self.params), tokens)?.value().clone())
+    }
+
+    fn embed_on(&self, tape: &Tape<'_>, tokens: &[u32]) -> Result<Var> {
+        let rows = tape.embedding(self.embedding, &Tensor::from_u32(self.device, tokens.to_vec()))?;
+        Ok(if self.frame.embedding_scale == 1.0 {
+            rows
+        } else {
+            tape.scale(&rows, self.frame.embedding_scale)?
+        })
     }
 
     /// Logits `[R, V]` of last hidden states `[R, H]`.
@@ -166,10 +187,10 @@ impl Target {
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (device, width) = (self.device, self.info.hidden_size);
         let tape = Tape::inference(&self.params);
-        let mut pass = Pass::new(&self.info, &tape, rotary, sight);
+        let mut pass = Pass::new(&self.info, &self.frame, &tape, rotary, sight);
         let mut states = Tensor::activations(device, &[tokens.len(), capture.layers.len() * width])?;
         // 1. Embeddings.
-        let mut h = tape.embedding(self.embedding, &Tensor::from_u32(device, tokens.to_vec()))?;
+        let mut h = self.embed_on(&tape, tokens)?;
         // 2. Layers; the outputs asked for go side by side.
         for (i, layer) in self.layers[..depth].iter().enumerate() {
             pass.layer = i;
@@ -201,6 +222,17 @@ impl Target {
         }
         Err(Error::Cache("it was made for another target".to_owned()))
     }
+}
+
+/// A table times a factor, as a parameter of its own: what logits are divided by goes into the head, so that the
+/// teacher's logits, which training computes from the head, have it too. Exact for the powers of two that models use.
+fn scaled(params: &mut Params, table: ParamId, factor: f32) -> Result<ParamId> {
+    if factor == 1.0 {
+        return Ok(table);
+    }
+    let (name, value) = (params.get(table).name.clone(), &params.get(table).value);
+    let value = value.device().kernels().scale(value, factor)?.cast(value.dtype())?;
+    Ok(params.add(format!("{name} (scaled)"), value, false))
 }
 
 /// The rows of each document in their pack.

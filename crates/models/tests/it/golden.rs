@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use specforge_models::{Capture, Error, KvCache, Target, TargetInfo};
-use specforge_tensor::{DType, Device, Tensor};
+use specforge_tensor::{DType, Device};
 use specforge_testkit::{Tensors, assert_close, case_json, golden_cases};
 
 /// One case with one of its two configurations.
@@ -172,8 +172,7 @@ impl Case {
         let n = self.target.info().n_layers;
         let all = Capture { layers: (0..n).collect(), last_hidden: true };
         let captured = self.target.forward(&self.documents(), &all).unwrap();
-        let tokens = Tensor::from_u32(Device::Cpu, self.rows.concat());
-        let embedded = Device::Cpu.kernels().gather_rows(self.target.embedding(), &tokens).unwrap();
+        let embedded = self.target.embed(&self.rows.concat()).unwrap();
         let h = self.target.info().hidden_size;
         let states = captured.hidden_states.f32s();
         for i in 0..=n {
