@@ -7,7 +7,9 @@ use serde_json::Value;
 use crate::frame::Frame;
 use crate::loader::Loader;
 use crate::pass::Layers;
-use crate::{Error, Result, TargetInfo, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3};
+use crate::{
+    Error, Result, TargetInfo, gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3,
+};
 
 /// One architecture.
 #[derive(Debug)]
@@ -39,9 +41,20 @@ const LLAMA: Architecture = Architecture {
     layers: llama::layers,
 };
 
+const GEMMA2: Architecture = Architecture {
+    activations: &["gelu_pytorch_tanh"],
+    settings: gemma2::settings,
+    frame: gemma2::frame,
+    layers: gemma2::layers,
+    ..LLAMA
+};
+
+const GEMMA3: Architecture =
+    Architecture { settings: gemma3::settings, frame: gemma3::frame, layers: gemma3::layers, ..GEMMA2 };
+
 /// All architectures: a new one is a file and a line here.
 #[rustfmt::skip]
-const KNOWN: [Architecture; 8] = [
+const KNOWN: [Architecture; 11] = [
     LLAMA,
     Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", layers: qwen2::layers, ..LLAMA },
     Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", head_dim: Some(128), layers: qwen3::layers, ..LLAMA },
@@ -50,6 +63,9 @@ const KNOWN: [Architecture; 8] = [
     Architecture { name: "GraniteForCausalLM", model_type: "granite", frame: granite::frame, layers: granite::layers, ..LLAMA },
     Architecture { name: "Olmo2ForCausalLM", model_type: "olmo2", layers: olmo2::layers, ..LLAMA },
     Architecture { name: "Glm4ForCausalLM", model_type: "glm4", layers: glm4::layers, ..LLAMA },
+    Architecture { name: "Gemma2ForCausalLM", model_type: "gemma2", ..GEMMA2 },
+    Architecture { name: "Gemma3ForCausalLM", model_type: "gemma3_text", ..GEMMA3 },
+    Architecture { name: "Gemma3ForConditionalGeneration", model_type: "gemma3", frame: gemma3::composite_frame, ..GEMMA3 },
 ];
 
 /// The architecture of a configuration.

@@ -160,6 +160,17 @@ impl TargetInfo {
         }
     }
 
+    /// Fails where logits are not the product with the head: training takes the teacher's logits from there.
+    pub fn expect_teacher(&self) -> Result<()> {
+        let frame = (architecture::of(&self.path, &self.raw)?.frame)(self)?;
+        if frame.logit_cap.is_none() {
+            return Ok(());
+        }
+        let why =
+            "the losses know no cap on the teacher's logits: this target can be run, but train no draft";
+        Err(self.wrong("final_logit_softcapping", why))
+    }
+
     /// An error about one key.
     pub(crate) fn wrong(&self, key: &str, why: impl Into<String>) -> Error {
         setting(&self.path, &self.raw, key, why)

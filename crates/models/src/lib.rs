@@ -20,6 +20,8 @@ mod pass;
 mod rotary;
 mod target;
 
+mod gemma2;
+mod gemma3;
 mod glm4;
 mod granite;
 mod llama;
@@ -33,4 +35,4 @@ pub use cache::KvCache;
 pub use capture::{Capture, Captured};
 pub use error::{Error, Result};
 pub use info::TargetInfo;
-pub use target::Target;
+pub use target::{Target, tables};

@@ -8,9 +8,18 @@ use crate::{Result, TargetInfo};
 /// Bytes of gate and up that exist at once. Small in this crate's own tests, so that they cross chunks.
 const CHUNK: usize = if cfg!(test) { 1 << 12 } else { 1 << 30 };
 
-/// `down(silu(gate(x)) * up(x))`.
+/// The activation of the gate.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Gate {
+    Silu,
+    /// By its tanh approximation.
+    Gelu,
+}
+
+/// `down(silu(gate(x)) * up(x))`, or with another activation.
 #[derive(Debug)]
 pub(crate) struct Mlp {
+    gate: Gate,
     gate_up: Weight,
     down: Weight,
     intermediate: usize,
@@ -21,6 +30,7 @@ impl Mlp {
     pub(crate) fn new(info: &TargetInfo, bias: bool, loader: &mut Loader<'_>) -> Result<Self> {
         let (h, i) = (info.hidden_size, info.intermediate_size);
         Ok(Self {
+            gate: Gate::Silu,
             gate_up: loader.stacked(&[("gate_proj", i), ("up_proj", i)], h, bias)?,
             down: loader.linear("down_proj", i, h, bias)?,
             intermediate: i,
@@ -31,10 +41,16 @@ impl Mlp {
     pub(crate) fn fused(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Self> {
         let (h, i) = (info.hidden_size, info.intermediate_size);
         Ok(Self {
+            gate: Gate::Silu,
             gate_up: loader.linear("gate_up_proj", h, 2 * i, false)?,
             down: loader.linear("down_proj", i, h, false)?,
             intermediate: i,
         })
+    }
+
+    /// With another activation.
+    pub(crate) fn gated_by(self, gate: Gate) -> Self {
+        Self { gate, ..self }
     }
 
     /// The residual stream `h` with the MLP of its normed state `x` added.
@@ -68,7 +84,11 @@ impl Mlp {
     }
 
     fn chunk(&self, tape: &Tape<'_>, h: Option<&Var>, x: &Var) -> Result<Var> {
-        let y = tape.swiglu(&tape.linear(x, &self.gate_up)?)?;
+        let gate_up = tape.linear(x, &self.gate_up)?;
+        let y = match self.gate {
+            Gate::Silu => tape.swiglu(&gate_up)?,
+            Gate::Gelu => tape.geglu(&gate_up)?,
+        };
         Ok(match h {
             Some(h) => tape.linear_add(&y, &self.down, h)?,
             None => tape.linear(&y, &self.down)?,

@@ -45,7 +45,10 @@ pub(crate) struct Pass<'t, 'p> {
     /// The layer that runs, which is that of the cache.
     pub layer: usize,
     shape: AttentionShape,
+    cap: Option<f32>,
     rotary: Rotary,
+    /// Of layers with a rotary embedding of their own.
+    local: Option<Rotary>,
     sight: Sight<'t>,
 }
 
@@ -54,25 +57,30 @@ impl<'t, 'p> Pass<'t, 'p> {
         info: &TargetInfo,
         frame: &Frame,
         tape: &'t Tape<'p>,
-        rotary: Rotary,
+        (rotary, local): (Rotary, Option<Rotary>),
         sight: Sight<'t>,
     ) -> Self {
         let (eps, shape) = (info.rms_norm_eps as f32, info.attention_shape(frame.attention_scale));
-        Self { tape, eps, layer: 0, shape, rotary, sight }
+        Self { tape, eps, layer: 0, shape, cap: frame.attention_cap, rotary, local, sight }
     }
 
     /// Heads turned by their rows' positions; x `[R, heads · head_dim]`.
     pub(crate) fn rope(&self, x: &Var) -> Result<Var> {
-        self.turn(x, x.rows_cols().1 / self.shape.head_dim)
+        self.turn(x, x.rows_cols().1 / self.shape.head_dim, &self.rotary)
+    }
+
+    /// As [`Pass::rope`], by the frequencies of the layers that have some of their own.
+    pub(crate) fn rope_local(&self, x: &Var) -> Result<Var> {
+        self.turn(x, x.rows_cols().1 / self.shape.head_dim, self.local.as_ref().unwrap_or(&self.rotary))
     }
 
     /// As [`Pass::rope`], of queries, keys and values side by side: the values stay.
     pub(crate) fn rope_packed(&self, qkv: &Var) -> Result<Var> {
-        self.turn(qkv, self.shape.n_heads + self.shape.n_kv_heads)
+        self.turn(qkv, self.shape.n_heads + self.shape.n_kv_heads, &self.rotary)
     }
 
-    fn turn(&self, x: &Var, n_heads: usize) -> Result<Var> {
-        let Rotary { cos, sin, rows } = &self.rotary;
+    fn turn(&self, x: &Var, n_heads: usize, rotary: &Rotary) -> Result<Var> {
+        let Rotary { cos, sin, rows } = rotary;
         let (cos, sin, positions) = (cos.clone(), sin.clone(), rows.clone());
         Ok(self.tape.rope(x, &Rope { n_heads, head_dim: self.shape.head_dim, cos, sin, positions })?)
     }
@@ -86,12 +94,16 @@ impl<'t, 'p> Pass<'t, 'p> {
     /// Attention of queries `[R, N·D]` to keys and values `[R, G·D]` of the pass and of the cache. With a window a
     /// query sees that many keys, itself included.
     pub(crate) fn attention(&mut self, query: &Part, new: &KeyValue, window: Option<usize>) -> Result<Var> {
-        let (tape, shape, device) = (self.tape, self.shape, query.of.value().device());
+        let (tape, shape, device, cap) = (self.tape, self.shape, query.of.value().device(), self.cap);
         let n = query.of.rows_cols().0;
         let attend = |base: &KeyValue, spans: Vec<(u32, u32)>, extras: &[(KeyValue, Option<Tensor>)]| {
             let (lo, hi) = spans.into_iter().unzip();
             let spans = Spans { lo: Tensor::from_u32(device, lo), hi: Tensor::from_u32(device, hi) };
-            Ok(tape.attention(&Attention { shape, query: query.clone(), base, spans: &spans, extras })?)
+            let attention = Attention { shape, query: query.clone(), base, spans: &spans, extras };
+            Ok(match cap {
+                None => tape.attention(&attention)?,
+                Some(cap) => tape.attention_capped(&attention, cap)?,
+            })
         };
         let (cache, first, tree) = match &mut self.sight {
             Sight::Documents(bounds) => return attend(new, document_spans(bounds, window), &[]),

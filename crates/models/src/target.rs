@@ -10,7 +10,7 @@ use crate::cache::{KvCache, Tree};
 use crate::frame::Frame;
 use crate::loader::{Loader, Source};
 use crate::pass::{Layers, Pass, Sight};
-use crate::rotary::{Rotary, RotaryTables, Sequence};
+use crate::rotary::{RotaryTables, Sequence};
 use crate::{Capture, Captured, Error, Result, TargetInfo, architecture};
 
 /// A frozen target model.
@@ -20,6 +20,8 @@ pub struct Target {
     frame: Frame,
     device: Device,
     rotary: RotaryTables,
+    /// Of layers with a rotary embedding of their own.
+    local_rotary: Option<RotaryTables>,
     params: Params,
     /// `[V, H]`.
     embedding: ParamId,
@@ -61,19 +63,16 @@ impl Target {
             Some(DType::E4m3) => (true, Some(DType::Bf16)),
             other => (false, other),
         };
-        let prefix = String::new();
-        let norm_offset = frame.norm_offset;
+        let (prefix, norm_offset) = (frame.prefix.to_owned(), frame.norm_offset);
         let mut loader =
             Loader { folder, source, params: &mut params, device, storage, fp8, norm_offset, prefix };
-        let table = [info.vocab_size, info.hidden_size];
-        let embedding = loader.tensor("model.embed_tokens.weight", &table)?;
+        let embedding = embedding_of(&info, &mut loader)?;
         let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;
         let norm = loader.norm("model.norm", info.hidden_size)?;
-        let head =
-            if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
-        let head = scaled(&mut params, head, frame.logit_scale)?;
+        let head = head_of(&info, &frame, embedding, &mut loader)?;
         let rotary = RotaryTables::new(info.rope.clone(), device);
-        Ok(Self { info, frame, device, rotary, params, embedding, layers, norm, head })
+        let local_rotary = frame.local_rope.clone().map(|rope| RotaryTables::new(rope, device));
+        Ok(Self { info, frame, device, rotary, local_rotary, params, embedding, layers, norm, head })
     }
 
     /// The target's description.
@@ -114,7 +113,9 @@ impl Target {
     /// Logits `[R, V]` of last hidden states `[R, H]`.
     pub fn logits(&self, last_hidden: &Tensor) -> Result<Tensor> {
         let tape = Tape::inference(&self.params);
-        Ok(tape.linear(&tape.input(last_hidden.clone()), &Weight::of(self.head))?.value().clone())
+        let logits = tape.linear(&tape.input(last_hidden.clone()), &Weight::of(self.head))?;
+        let cap = self.frame.logit_cap;
+        Ok(cap.map_or(Ok(logits.clone()), |cap| tape.soft_cap(&logits, cap))?.value().clone())
     }
 
     /// Runs documents of any lengths, packed without padding: each starts at position 0 and sees itself alone.
@@ -130,11 +131,11 @@ impl Target {
         let bounds = bounds_of(documents);
         let sequence =
             |tokens: &&[u32]| Sequence { positions: (0..tokens.len() as u32).collect(), len: tokens.len() };
-        let rotary = self.rotary.of(&documents.iter().map(sequence).collect::<Vec<_>>())?;
+        let sequences: Vec<_> = documents.iter().map(sequence).collect();
         let depth = capture.depth(self.layers.len());
         let tokens = documents.concat();
         let (hidden_states, last_hidden) =
-            self.run(&tokens, rotary, Sight::Documents(&bounds), capture, depth)?;
+            self.run(&tokens, &sequences, Sight::Documents(&bounds), capture, depth)?;
         Ok(Captured { hidden_states, last_hidden, bounds })
     }
 
@@ -167,11 +168,11 @@ impl Target {
         let len = positions.iter().max().map_or(0, |&last| last as usize + 1);
         self.check_length(0, n, len)?;
         let tree = (!tree.is_chain()).then_some(tree);
-        let rotary = self.rotary.of(&[Sequence { positions, len }])?;
+        let sequence = [Sequence { positions, len }];
         cache.begin(parents.to_vec(), tree.is_some())?;
         let sight = Sight::Cached { cache: &mut *cache, first, tree: tree.as_ref() };
         // All layers run, whatever is captured: the cache needs their keys.
-        let run = self.run(tokens, rotary, sight, capture, self.layers.len());
+        let run = self.run(tokens, &sequence, sight, capture, self.layers.len());
         let (hidden_states, last_hidden) = run.inspect_err(|_| cache.truncate(first))?;
         Ok(Captured { hidden_states, last_hidden, bounds: bounds_of(&[tokens]) })
     }
@@ -180,13 +181,15 @@ impl Target {
     fn run(
         &self,
         tokens: &[u32],
-        rotary: Rotary,
+        sequences: &[Sequence],
         sight: Sight<'_>,
         capture: &Capture,
         depth: usize,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (device, width) = (self.device, self.info.hidden_size);
         let tape = Tape::inference(&self.params);
+        let local = self.local_rotary.as_ref().map(|tables| tables.of(sequences)).transpose()?;
+        let rotary = (self.rotary.of(sequences)?, local);
         let mut pass = Pass::new(&self.info, &self.frame, &tape, rotary, sight);
         let mut states = Tensor::activations(device, &[tokens.len(), capture.layers.len() * width])?;
         // 1. Embeddings.
@@ -224,15 +227,43 @@ impl Target {
     }
 }
 
-/// A table times a factor, as a parameter of its own: what logits are divided by goes into the head, so that the
-/// teacher's logits, which training computes from the head, have it too. Exact for the powers of two that models use.
-fn scaled(params: &mut Params, table: ParamId, factor: f32) -> Result<ParamId> {
-    if factor == 1.0 {
-        return Ok(table);
+/// A target's embedding and head as [`Target::embedding`] and [`Target::head`] have them, on the host, in the type
+/// `storage`: what a draft needs of it while it trains from a store.
+pub fn tables(folder: impl AsRef<Path>, info: &TargetInfo, storage: DType) -> Result<[Tensor; 2]> {
+    let (folder, mut params) = (folder.as_ref(), Params::new());
+    let frame = (architecture::of(&info.path, &info.raw)?.frame)(info)?;
+    let weights = Weights::open(folder)?;
+    let (source, params_of) = (Source::Files(&weights), &mut params);
+    let mut loader = Loader {
+        folder,
+        source,
+        params: params_of,
+        device: Device::Cpu,
+        storage: Some(storage),
+        fp8: false,
+        norm_offset: frame.norm_offset,
+        prefix: frame.prefix.to_owned(),
+    };
+    let embedding = embedding_of(info, &mut loader)?;
+    let head = head_of(info, &frame, embedding, &mut loader)?;
+    Ok([embedding, head].map(|id| params.get(id).value.clone()))
+}
+
+fn embedding_of(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<ParamId> {
+    loader.tensor("model.embed_tokens.weight", &[info.vocab_size, info.hidden_size])
+}
+
+/// The head. A factor on the logits goes into it, so that the teacher's logits, which training computes from the head,
+/// have it too: exact for the powers of two that models use.
+fn head_of(info: &TargetInfo, frame: &Frame, embedding: ParamId, loader: &mut Loader<'_>) -> Result<ParamId> {
+    let table = [info.vocab_size, info.hidden_size];
+    let head = if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
+    if frame.logit_scale == 1.0 {
+        return Ok(head);
     }
-    let (name, value) = (params.get(table).name.clone(), &params.get(table).value);
-    let value = value.device().kernels().scale(value, factor)?.cast(value.dtype())?;
-    Ok(params.add(format!("{name} (scaled)"), value, false))
+    let (name, value) = (loader.params.get(head).name.clone(), &loader.params.get(head).value);
+    let value = value.device().kernels().scale(value, frame.logit_scale)?.cast(value.dtype())?;
+    Ok(loader.params.add(format!("{name} (scaled)"), value, false))
 }
 
 /// The rows of each document in their pack.
