@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use specforge_models::{Capture, TargetInfo};
 use specforge_nn::init;
-use specforge_nn::rope::{RopeConfig, RopeTables};
+use specforge_nn::rope::{RopeConfig, RopeTables, whole_heads};
 use specforge_tensor::{
     Attention, AttentionShape, Collected, KeyValue, LossFigures, Objective, ParamId, Params, Part, Rope,
     SoftTargetLoss, Tape, Tensor, Var, Weight,
@@ -236,7 +236,10 @@ impl Dims {
             vocab_size: target.vocab_size,
             draft_vocab_size,
             rms_norm_eps: target.rms_norm_eps,
-            rope: RopeConfig::from_json(&target.raw, config.head_dim.unwrap_or(target.head_dim))?,
+            rope: RopeConfig::from_json(
+                &whole_heads(&target.raw),
+                config.head_dim.unwrap_or(target.head_dim),
+            )?,
             max_position_embeddings: target.max_position_embeddings,
             fc_norm: config.fc_norm,
             norm_output: config.norm_output,
