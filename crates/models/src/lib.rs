@@ -5,7 +5,8 @@
 //! This crate knows no draft method and no feature store: what to record is a [`Capture`].
 //!
 //! To add an architecture: write its file (settings, a `Layer` with a numbered forward, `new` that mirrors the
-//! checkpoint's names) and one line in `architecture.rs`.
+//! checkpoint's names) and one line in `architecture.rs`; what stands around the layers is its `Frame`, and `settings`
+//! puts the family's keys of `config.json` into Llama's.
 
 mod architecture;
 mod cache;

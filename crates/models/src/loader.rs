@@ -99,10 +99,10 @@ impl Loader<'_> {
     pub(crate) fn norm(&mut self, name: &str, n: usize) -> Result<ParamId> {
         let id = self.tensor(&format!("{name}.weight"), &[n])?;
         if self.norm_offset != 0.0 {
-            // Float32, as the families compute them: in the storage type small weights would lose digits.
+            // Added in float32, and kept as the device computes: on the CPU no digit is lost.
             let param = self.params.get_mut(id);
             let weight = param.value.to_f32().iter().map(|w| w + self.norm_offset).collect();
-            param.value = Tensor::from_f32(self.device, weight, &[n])?;
+            param.value = Tensor::from_f32(self.device, weight, &[n])?.cast(self.device.storage())?;
         }
         Ok(id)
     }
