@@ -8,7 +8,7 @@ use crate::frame::Frame;
 use crate::loader::Loader;
 use crate::pass::Layers;
 use crate::{
-    Error, Result, TargetInfo, gemma2, gemma3, glm4, granite, llama, mistral, olmo2, phi3, qwen2, qwen3,
+    Error, Result, TargetInfo, gemma2, gemma3, glm4, granite, lfm2, llama, mistral, olmo2, phi3, qwen2, qwen3,
 };
 
 /// One architecture.
@@ -54,7 +54,7 @@ const GEMMA3: Architecture =
 
 /// All architectures: a new one is a file and a line here.
 #[rustfmt::skip]
-const KNOWN: [Architecture; 11] = [
+const KNOWN: [Architecture; 12] = [
     LLAMA,
     Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", layers: qwen2::layers, ..LLAMA },
     Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", head_dim: Some(128), layers: qwen3::layers, ..LLAMA },
@@ -66,6 +66,7 @@ const KNOWN: [Architecture; 11] = [
     Architecture { name: "Gemma2ForCausalLM", model_type: "gemma2", ..GEMMA2 },
     Architecture { name: "Gemma3ForCausalLM", model_type: "gemma3_text", ..GEMMA3 },
     Architecture { name: "Gemma3ForConditionalGeneration", model_type: "gemma3", frame: gemma3::composite_frame, ..GEMMA3 },
+    Architecture { name: "Lfm2ForCausalLM", model_type: "lfm2", settings: lfm2::settings, frame: lfm2::frame, layers: lfm2::layers, ..LLAMA },
 ];
 
 /// The architecture of a configuration.

@@ -25,6 +25,7 @@ mod gemma2;
 mod gemma3;
 mod glm4;
 mod granite;
+mod lfm2;
 mod llama;
 mod mistral;
 mod olmo2;

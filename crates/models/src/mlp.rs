@@ -28,11 +28,21 @@ pub(crate) struct Mlp {
 impl Mlp {
     /// From a matrix each for gate, up and down.
     pub(crate) fn new(info: &TargetInfo, bias: bool, loader: &mut Loader<'_>) -> Result<Self> {
+        Self::named(["gate_proj", "up_proj", "down_proj"], info, bias, loader)
+    }
+
+    /// As [`Mlp::new`], with other names of gate, up and down.
+    pub(crate) fn named(
+        [gate, up, down]: [&str; 3],
+        info: &TargetInfo,
+        bias: bool,
+        loader: &mut Loader<'_>,
+    ) -> Result<Self> {
         let (h, i) = (info.hidden_size, info.intermediate_size);
         Ok(Self {
             gate: Gate::Silu,
-            gate_up: loader.stacked(&[("gate_proj", i), ("up_proj", i)], h, bias)?,
-            down: loader.linear("down_proj", i, h, bias)?,
+            gate_up: loader.stacked(&[(gate, i), (up, i)], h, bias)?,
+            down: loader.linear(down, i, h, bias)?,
             intermediate: i,
         })
     }

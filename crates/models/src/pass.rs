@@ -4,7 +4,7 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use specforge_tensor::{Attention, AttentionShape, KeyValue, Part, Rope, Spans, Tape, Tensor, Var};
+use specforge_tensor::{Attention, AttentionShape, KeyValue, ParamId, Part, Rope, Spans, Tape, Tensor, Var};
 
 use crate::cache::{KvCache, Tree};
 use crate::frame::Frame;
@@ -13,6 +13,11 @@ use crate::{Result, TargetInfo};
 
 /// One decoder layer.
 pub(crate) trait Layer: Debug + Send + Sync {
+    /// The widths of what is cached of a row; `kv` is that of keys, and of values.
+    fn cached(&self, kv: usize) -> Vec<usize> {
+        vec![kv; 2]
+    }
+
     /// The residual stream after the layer, from that before it; both `[R, H]`.
     fn forward(&self, pass: &mut Pass<'_, '_>, h: &Var) -> Result<Var>;
 }
@@ -111,9 +116,10 @@ impl<'t, 'p> Pass<'t, 'p> {
         };
         let width = shape.n_kv_heads * shape.head_dim;
         let rows = |part: &Part| tape.columns(&part.of, part.first..part.first + width);
-        cache.append(self.layer, [rows(&new.key)?.value(), rows(&new.value)?.value()])?;
-        let [key, value] = cache.layer(self.layer).map(|rows| tape.input(rows));
-        let base = KeyValue::new(&key, &value);
+        cache.append(self.layer, &[rows(&new.key)?.value(), rows(&new.value)?.value()])?;
+        let cached: Vec<Var> = cache.layer(self.layer).into_iter().map(|rows| tape.input(rows)).collect();
+        let base = KeyValue::new(&cached[0], &cached[1]);
+        drop(cached);
         match tree {
             None => attend(&base, continuation_spans(first, n, window), &[]),
             Some(tree) => {
@@ -124,6 +130,35 @@ impl<'t, 'p> Pass<'t, 'p> {
             }
         }
     }
+}
+
+impl Pass<'_, '_> {
+    /// A causal convolution with weights `[H, 1, K]` of rows `[R, H]` of the pass and of the cache: tap K - 1 takes the
+    /// row itself, the one before it the row before, and nothing is before a document.
+    pub(crate) fn short_conv(&mut self, x: &Var, w: ParamId) -> Result<Var> {
+        let (tape, device, (n, h)) = (self.tape, x.value().device(), x.rows_cols());
+        let taps = tape.params().get(w).value.len() / h;
+        let back = (0..taps).rev();
+        let (x, index) = match &mut self.sight {
+            Sight::Documents(bounds) => (x.clone(), back.flat_map(|k| document_rows(bounds, k)).collect()),
+            Sight::Cached { cache, first, tree } => {
+                cache.append(self.layer, &[x.value()])?;
+                let rows = |back: usize| match tree {
+                    Some(tree) => tree.rows_before(*first, back),
+                    None => document_rows(std::slice::from_ref(&(0..*first + n)), back).split_off(*first),
+                };
+                let index: Vec<u32> = back.flat_map(rows).collect();
+                (tape.input(cache.layer(self.layer).swap_remove(0)), index)
+            }
+        };
+        Ok(tape.short_conv(&x, &Tensor::from_u32(device, index), w)?)
+    }
+}
+
+/// The row `back` rows before each, `u32::MAX` before its document.
+fn document_rows(bounds: &[Range<usize>], back: usize) -> Vec<u32> {
+    let rows = bounds.iter().flat_map(|document| document.clone().map(|row| (document.start, row)));
+    rows.map(|(start, row)| if row >= start + back { (row - back) as u32 } else { u32::MAX }).collect()
 }
 
 /// Names and widths of the projections to queries and to keys and values, for [`Loader::stacked`].

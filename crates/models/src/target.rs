@@ -68,7 +68,7 @@ impl Target {
             Loader { folder, source, params: &mut params, device, storage, fp8, norm_offset, prefix };
         let embedding = embedding_of(&info, &mut loader)?;
         let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;
-        let norm = loader.norm("model.norm", info.hidden_size)?;
+        let norm = loader.norm(frame.norm, info.hidden_size)?;
         let head = head_of(&info, &frame, embedding, &mut loader)?;
         let rotary = RotaryTables::new(info.rope.clone(), device);
         let local_rotary = frame.local_rope.clone().map(|rope| RotaryTables::new(rope, device));
@@ -219,8 +219,14 @@ impl Target {
         if n > 0 && len <= max { Ok(()) } else { Err(Error::Length { document, len, max }) }
     }
 
+    /// Per layer, the widths of what is cached of a row.
+    pub(crate) fn cached(&self) -> Vec<Vec<usize>> {
+        let kv = self.info.n_kv_heads * self.info.head_dim;
+        self.layers.iter().map(|layer| layer.cached(kv)).collect()
+    }
+
     fn check_cache(&self, cache: &KvCache) -> Result<()> {
-        if cache.fits(self.layers.len(), self.info.n_kv_heads * self.info.head_dim, self.device) {
+        if cache.fits(&self.cached(), self.device) {
             return Ok(());
         }
         Err(Error::Cache("it was made for another target".to_owned()))

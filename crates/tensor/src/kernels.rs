@@ -264,6 +264,11 @@ pub trait Kernels: Debug + Sync {
     fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)>;
     /// `gelu(gate) * up` of a packed `[R, 2 I]`: gate, then up; GELU by its tanh approximation.
     fn geglu(&self, gate_up: &Tensor) -> Result<Tensor>;
+    /// `a * b` of R rows and `width` columns each.
+    fn product(&self, a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor>;
+    /// `y[r, c] = Σ_k w[c, k] x[index[k, r], c]` of w `[H, K]` (in any shape of H rows) and `u32 [K * R]`; `u32::MAX`
+    /// names a row of zeros.
+    fn short_conv(&self, x: &Tensor, index: &Tensor, w: &Tensor) -> Result<Tensor>;
     /// `factor * x`.
     fn scale(&self, x: &Tensor, factor: f32) -> Result<Tensor>;
     /// `cap * tanh(x / cap)`.

@@ -33,6 +33,16 @@ pub(crate) fn tensors(config: &Value) -> Vec<(String, Vec<usize>)> {
     let (q, kv) = (n("num_attention_heads") * d, n("num_key_value_heads") * d);
     let architecture = config["architectures"][0].as_str().expect("a name");
     let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![v, h])];
+    if architecture == "Lfm2ForCausalLM" {
+        all.push(("model.embedding_norm.weight".to_owned(), vec![h]));
+        for (layer, kind) in config["layer_types"].as_array().expect("kinds").iter().enumerate() {
+            let tensors = lfm2_layer(kind == "conv", [h, i, d, q, kv]);
+            all.extend(
+                tensors.into_iter().map(|(n, shape)| (format!("model.layers.{layer}.{n}.weight"), shape)),
+            );
+        }
+        return all;
+    }
     for layer in 0..n("num_hidden_layers") {
         let mut add =
             |name: &str, shape: &[usize]| all.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
@@ -62,6 +72,29 @@ pub(crate) fn tensors(config: &Value) -> Vec<(String, Vec<usize>)> {
     }
     all.push(("model.norm.weight".to_owned(), vec![h]));
     all.push(("lm_head.weight".to_owned(), vec![v, h]));
+    all
+}
+
+fn lfm2_layer(is_conv: bool, [h, i, d, q, kv]: [usize; 5]) -> Vec<(&'static str, Vec<usize>)> {
+    let mut all = vec![
+        ("operator_norm", vec![h]),
+        ("ffn_norm", vec![h]),
+        ("feed_forward.w1", vec![i, h]),
+        ("feed_forward.w2", vec![h, i]),
+        ("feed_forward.w3", vec![i, h]),
+    ];
+    all.extend(if is_conv {
+        vec![("conv.in_proj", vec![3 * h, h]), ("conv.conv", vec![h, 1, 3]), ("conv.out_proj", vec![h, h])]
+    } else {
+        vec![
+            ("self_attn.q_proj", vec![q, h]),
+            ("self_attn.k_proj", vec![kv, h]),
+            ("self_attn.v_proj", vec![kv, h]),
+            ("self_attn.out_proj", vec![h, q]),
+            ("self_attn.q_layernorm", vec![d]),
+            ("self_attn.k_layernorm", vec![d]),
+        ]
+    });
     all
 }
 
@@ -124,6 +157,7 @@ pub(crate) fn kinds() -> Vec<(&'static str, Value)> {
     let gemma = json!({ "hidden_act": "gelu_pytorch_tanh", "sliding_window": 4, "query_pre_attn_scalar": 6,
                         "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
                         "sliding_window_pattern": 2, "tie_word_embeddings": false });
+    let lfm = json!({ "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": false });
     let granite = json!({ "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
                           "logits_scaling": 4.0 });
     vec![
@@ -139,5 +173,6 @@ pub(crate) fn kinds() -> Vec<(&'static str, Value)> {
         ("Glm4ForCausalLM", json!({ "partial_rotary_factor": 0.5 })),
         ("Gemma2ForCausalLM", gemma.clone()),
         ("Gemma3ForCausalLM", gemma),
+        ("Lfm2ForCausalLM", lfm),
     ]
 }

@@ -17,7 +17,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::kernels::{
-    AdamStep, AdamTensor, AddedRows, AttentionInputs, Kernels, Rotation, RowLoss, SoftTargets, VocabStats,
+    AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, Kernels, Rotation, RowLoss, SoftTargets,
+    VocabStats,
 };
 use crate::tensor::Buffer;
 use crate::{DType, Device, Later, Result, Tensor};
@@ -138,6 +139,12 @@ impl Kernels for Cpu {
     }
     fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         Ok(swiglu::geglu(gate_up))
+    }
+    fn product(&self, a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor> {
+        Ok(rows::product(a, b, width))
+    }
+    fn short_conv(&self, x: &Tensor, index: &Tensor, w: &Tensor) -> Result<Tensor> {
+        Ok(rows::short_conv(x, index, w))
     }
     fn scale(&self, x: &Tensor, factor: f32) -> Result<Tensor> {
         Ok(rows::map(x, |v| factor * v))

@@ -1,9 +1,9 @@
 //! Elementwise operations: the gate of an MLP, the residual sum, factors and caps.
 
-use super::expect_shape;
 use super::linear::{Stack, Weight};
+use super::{Part, expect_cols_from, expect_rows, expect_shape};
 use crate::tape::{Backward, Sink};
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{Error, ParamId, Result, Tape, Tensor, Var};
 
 struct SwiGlu {
     gate_up: Var,
@@ -58,6 +58,39 @@ impl Tape<'_> {
     pub fn soft_cap(&self, x: &Var, cap: f32) -> Result<Var> {
         self.expect_frozen("soft_cap", x)?;
         Ok(self.input(x.value().device().kernels().soft_cap(x.value(), cap)?))
+    }
+
+    /// `a · b`, element by element, of `width` columns each. It has no gradient.
+    pub fn product(&self, a: &Part, b: &Part, width: usize) -> Result<Var> {
+        let rows = a.of.rows_cols().0;
+        for (what, part) in [("left side", a), ("right side", b)] {
+            self.expect_frozen("product", &part.of)?;
+            let of = part.of.value();
+            expect_cols_from("product", what, of, part.first, width)?;
+            if part.of.rows_cols().0 != rows {
+                return Err(Error::shape("product", what, format!("[{rows}, ..]"), of.shape()));
+            }
+        }
+        Ok(self.input(a.of.value().device().kernels().product(a.columns(), b.columns(), width)?))
+    }
+
+    /// A convolution over few rows, each column by itself: `y[r, c] = Σ_k w[c, k] · x[index[k][r], c]`, `u32::MAX`
+    /// naming a row of zeros. It has no gradient.
+    ///
+    /// # Shapes
+    /// x `[T, H]`, index `u32 [K·R]` (K lists of R rows), w of `H·K` elements, y `[R, H]`.
+    pub fn short_conv(&self, x: &Var, index: &Tensor, w: ParamId) -> Result<Var> {
+        self.expect_frozen("short_conv", x)?;
+        let ((rows, h), w) = (x.rows_cols(), &self.params().get(w).value);
+        if h == 0 || w.is_empty() || !w.len().is_multiple_of(h) {
+            return Err(Error::shape("short_conv", "weight", format!("[{h}, K]"), w.shape()));
+        }
+        if !index.len().is_multiple_of(w.len() / h) {
+            let expected = format!("[{} * R]", w.len() / h);
+            return Err(Error::shape("short_conv", "index", expected, index.shape()));
+        }
+        expect_rows("short_conv", "the input", index, rows, true)?;
+        Ok(self.input(x.value().device().kernels().short_conv(x.value(), index, w)?))
     }
 
     fn expect_frozen(&self, op: &'static str, x: &Var) -> Result<()> {
