@@ -11,7 +11,7 @@ use specforge_methods::{DraftMethod, Frozen, VocabMap};
 use specforge_models::{Capture, Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::{CaptureSpec, Identity, Spec, TargetIdentity};
-use specforge_tensor::{DType, Device, Params, Tensor};
+use specforge_tensor::{DType, Device, Params};
 use specforge_train::{Checkpoint, features};
 
 use crate::gpu;
@@ -126,15 +126,9 @@ pub(crate) fn target(plan: &RunPlan) -> Result<Arc<Target>> {
 
 /// The parts of the target that every draft reads, without the rest of it.
 pub(crate) fn frozen(plan: &RunPlan, info: &TargetInfo) -> Result<Frozen> {
-    let weights = Weights::open(&plan.target.path)?;
-    let (shape, device) = ([info.vocab_size, info.hidden_size], device(plan)?);
-    let read = |name: &str| -> Result<Tensor> {
-        let values = weights.require(name, &shape)?.to_f32();
-        Ok(Tensor::from_f32(Device::Cpu, values, &shape)?.cast(device.storage())?)
-    };
+    let device = device(plan)?;
     // A batch reads a few rows of the embedding: it stays on the host.
-    let embedding = read("model.embed_tokens.weight")?;
-    let head = if info.tie_word_embeddings { embedding.clone() } else { read("lm_head.weight")? };
+    let [embedding, head] = specforge_models::tables(&plan.target.path, info, device.storage())?;
     Ok(Frozen { head: head.to_device(device)?, embedding })
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use specforge_nn::rope::whole_heads;
 
 use crate::error::{Error, Result};
 
@@ -89,7 +90,7 @@ impl TargetConfig {
 /// attention counts. What describes the target's own heads (rotating only part of them, positions on
 /// several axes) is left out: a draft rotates whole heads at plain positions.
 pub fn rope_parameters(config: &Value) -> Map<String, Value> {
-    let text = text_part(config);
+    let text = &whole_heads(text_part(config));
     let modern = text.get("rope_parameters").and_then(Value::as_object);
     let modern = modern.map(|rope| rope.get("full_attention").and_then(Value::as_object).unwrap_or(rope));
     let legacy = || text.get("rope_scaling").and_then(Value::as_object);

@@ -4,9 +4,12 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::frame::Frame;
 use crate::loader::Loader;
 use crate::pass::Layers;
-use crate::{Error, Result, TargetInfo, llama, qwen2, qwen3};
+use crate::{
+    Error, Result, TargetInfo, gemma2, gemma3, glm4, granite, lfm2, llama, mistral, olmo2, phi3, qwen2, qwen3,
+};
 
 /// One architecture.
 #[derive(Debug)]
@@ -17,20 +20,53 @@ pub(crate) struct Architecture {
     model_type: &'static str,
     /// `head_dim` where `config.json` has none; absent: `hidden_size / num_attention_heads`.
     pub head_dim: Option<usize>,
+    /// The names of its activation in `hidden_act`.
+    pub activations: &'static [&'static str],
+    /// `config.json` with the keys that Llama has, where the family says it otherwise.
+    pub settings: fn(Value) -> Value,
+    /// What stands around the decoder layers.
+    pub frame: fn(&TargetInfo) -> Result<Frame>,
     /// Builds the decoder layers.
     pub layers: fn(&TargetInfo, &mut Loader<'_>) -> Result<Layers>,
 }
 
+/// Llama, and what the others say only where they differ.
+const LLAMA: Architecture = Architecture {
+    name: "LlamaForCausalLM",
+    model_type: "llama",
+    head_dim: None,
+    activations: &["silu", "swish"],
+    settings: |config| config,
+    frame: |_| Ok(Frame::default()),
+    layers: llama::layers,
+};
+
+const GEMMA2: Architecture = Architecture {
+    activations: &["gelu_pytorch_tanh"],
+    settings: gemma2::settings,
+    frame: gemma2::frame,
+    layers: gemma2::layers,
+    ..LLAMA
+};
+
+const GEMMA3: Architecture =
+    Architecture { settings: gemma3::settings, frame: gemma3::frame, layers: gemma3::layers, ..GEMMA2 };
+
 /// All architectures: a new one is a file and a line here.
-const KNOWN: [Architecture; 3] = [
-    Architecture { name: "LlamaForCausalLM", model_type: "llama", head_dim: None, layers: llama::layers },
-    Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", head_dim: None, layers: qwen2::layers },
-    Architecture {
-        name: "Qwen3ForCausalLM",
-        model_type: "qwen3",
-        head_dim: Some(128),
-        layers: qwen3::layers,
-    },
+#[rustfmt::skip]
+const KNOWN: [Architecture; 12] = [
+    LLAMA,
+    Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", layers: qwen2::layers, ..LLAMA },
+    Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", head_dim: Some(128), layers: qwen3::layers, ..LLAMA },
+    Architecture { name: "MistralForCausalLM", model_type: "mistral", layers: mistral::layers, ..LLAMA },
+    Architecture { name: "Phi3ForCausalLM", model_type: "phi3", layers: phi3::layers, ..LLAMA },
+    Architecture { name: "GraniteForCausalLM", model_type: "granite", frame: granite::frame, layers: granite::layers, ..LLAMA },
+    Architecture { name: "Olmo2ForCausalLM", model_type: "olmo2", layers: olmo2::layers, ..LLAMA },
+    Architecture { name: "Glm4ForCausalLM", model_type: "glm4", layers: glm4::layers, ..LLAMA },
+    Architecture { name: "Gemma2ForCausalLM", model_type: "gemma2", ..GEMMA2 },
+    Architecture { name: "Gemma3ForCausalLM", model_type: "gemma3_text", ..GEMMA3 },
+    Architecture { name: "Gemma3ForConditionalGeneration", model_type: "gemma3", frame: gemma3::composite_frame, ..GEMMA3 },
+    Architecture { name: "Lfm2ForCausalLM", model_type: "lfm2", settings: lfm2::settings, frame: lfm2::frame, layers: lfm2::layers, ..LLAMA },
 ];
 
 /// The architecture of a configuration.

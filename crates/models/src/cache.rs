@@ -11,8 +11,8 @@ use crate::{Error, Result, Target};
 /// Rows are appended in place; a clone shares them until one of the two is written.
 #[derive(Debug, Clone)]
 pub struct KvCache {
-    /// Keys and values, each `[rows, n_kv_heads · head_dim]`.
-    layers: Vec<[Tensor; 2]>,
+    /// Keys and values, each `[rows, n_kv_heads · head_dim]`; or what a layer reads of earlier rows instead.
+    layers: Vec<Vec<Tensor>>,
     /// Rows before the last extension, and the parents of the rows in it.
     last: (usize, Vec<u32>),
     is_tree: bool,
@@ -22,21 +22,21 @@ impl KvCache {
     /// An empty cache with room for `capacity` rows, tree nodes included; it grows beyond where it has to.
     pub fn new(target: &Target, capacity: usize) -> Result<Self> {
         let info = target.info();
-        let width = info.n_kv_heads * info.head_dim;
-        let empty = || -> Result<Tensor> {
+        let empty = |width: &usize| -> Result<Tensor> {
             // Truncating keeps the storage, and on the CPU zeroed storage takes no memory before it is written.
-            let shape = [capacity.min(info.max_position_embeddings), width];
+            let shape = [capacity.min(info.max_position_embeddings), *width];
             let mut rows = Tensor::activations(target.device(), &shape)?;
             rows.truncate_rows(0);
             Ok(rows)
         };
-        let layers = (0..info.n_layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_>>()?;
+        let layer = |widths: &Vec<usize>| widths.iter().map(empty).collect::<Result<_>>();
+        let layers = target.cached().iter().map(layer).collect::<Result<_>>()?;
         Ok(Self { layers, last: (0, Vec::new()), is_tree: false })
     }
 
     /// Rows held: the sequence, and the nodes of a tree that is not settled yet.
     pub fn len(&self) -> usize {
-        self.layers.first().map_or(0, |[key, _]| key.rows_cols().0)
+        self.layers.first().and_then(|rows| rows.first()).map_or(0, |rows| rows.rows_cols().0)
     }
 
     /// Whether nothing is cached.
@@ -102,22 +102,26 @@ impl KvCache {
         Ok(())
     }
 
-    pub(crate) fn append(&mut self, layer: usize, rows: [&Tensor; 2]) -> Result<()> {
+    pub(crate) fn append(&mut self, layer: usize, rows: &[&Tensor]) -> Result<()> {
         for (cached, new) in self.layers[layer].iter_mut().zip(rows) {
             cached.append_rows(new)?;
         }
         Ok(())
     }
 
-    /// Keys and values of one layer; the storage is shared, so they have to be dropped before the next append.
-    pub(crate) fn layer(&self, layer: usize) -> [Tensor; 2] {
+    /// What is cached of one layer; the storage is shared, so they have to be dropped before the next append.
+    pub(crate) fn layer(&self, layer: usize) -> Vec<Tensor> {
         self.layers[layer].clone()
     }
 
-    /// Whether the cache holds this many layers of rows of this width on this device.
-    pub(crate) fn fits(&self, n_layers: usize, width: usize, device: Device) -> bool {
-        let is_alike = |rows: &Tensor| rows.rows_cols().1 == width && rows.device() == device;
-        self.layers.len() == n_layers && self.layers.iter().flatten().all(is_alike)
+    /// Whether the cache holds layers of rows of these widths on this device.
+    pub(crate) fn fits(&self, layers: &[Vec<usize>], device: Device) -> bool {
+        let width = |rows: &Tensor| rows.rows_cols().1;
+        let is_alike =
+            |(rows, widths): (&Vec<Tensor>, &Vec<usize>)| rows.iter().map(width).eq(widths.iter().copied());
+        self.layers.len() == layers.len()
+            && self.layers.iter().zip(layers).all(is_alike)
+            && self.layers.iter().flatten().all(|rows| rows.device() == device)
     }
 }
 
@@ -155,6 +159,16 @@ impl Tree {
         self.paths[node].len() - 1
     }
 
+    /// The row `back` rows before each node on its path, in a cache whose sequence has `first` rows; `u32::MAX` before
+    /// its begin.
+    pub(crate) fn rows_before(&self, first: usize, back: usize) -> Vec<u32> {
+        let row = |path: &Vec<u32>| match path.len().checked_sub(back + 1) {
+            Some(depth) => first as u32 + path[depth],
+            None => (first + path.len()).checked_sub(back + 1).map_or(u32::MAX, |row| row as u32),
+        };
+        self.paths.iter().map(row).collect()
+    }
+
     /// The cached rows that each node sees.
     pub(crate) fn spans(&self, first: usize, window: Option<usize>) -> Vec<(u32, u32)> {
         let start = |node| window_start(first + self.depth(node), window).min(first);
@@ -189,6 +203,14 @@ mod tests {
         assert_eq!(tree.ancestors(Some(2))[0], [0, 0, 0, NONE, 4]);
         assert_eq!(tree.spans(5, None), [(0, 5); 5]);
         assert_eq!(tree.spans(5, Some(3)), [(3, 5), (4, 5), (4, 5), (5, 5), (3, 5)]);
+    }
+
+    #[test]
+    fn a_node_follows_its_path_and_then_the_sequence() {
+        let tree = Tree::new(&[NONE, 0, 0, 1, NONE]).unwrap();
+        assert_eq!(tree.rows_before(2, 0), [2, 3, 4, 5, 6]);
+        assert_eq!(tree.rows_before(2, 1), [1, 2, 2, 3, 1]);
+        assert_eq!(tree.rows_before(2, 3), [NONE, 0, 0, 1, NONE]);
     }
 
     #[test]

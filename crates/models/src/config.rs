@@ -26,7 +26,34 @@ pub(crate) fn read_json(path: &Path) -> Result<Value> {
         .map_err(|error| Error::Config { path: path.to_path_buf(), why: format!("not JSON: {error}") })
 }
 
-/// Sliding windows as the Qwen families declare them.
+/// A configuration with what it leaves out taken from `defaults`.
+pub(crate) fn with_defaults(mut config: Value, defaults: &Value) -> Value {
+    for (key, value) in defaults.as_object().into_iter().flatten() {
+        if config[key].is_null() {
+            config[key] = value.clone();
+        }
+    }
+    config
+}
+
+/// The configuration of a model with several towers as that of its language model: the keys of `text_config` go to the
+/// top, but for those that name the whole model.
+pub(crate) fn flattened(mut config: Value) -> Value {
+    for (key, value) in config["text_config"].take().as_object().into_iter().flatten() {
+        let is_of_whole = ["architectures", "model_type", "eos_token_id"].contains(&key.as_str());
+        if !is_of_whole || config[key].is_null() {
+            config[key] = value.clone();
+        }
+    }
+    config
+}
+
+/// The nearest bfloat16.
+pub(crate) fn bf16_rounded(value: f32) -> f32 {
+    half::bf16::from_f32(value).to_f32()
+}
+
+/// Sliding windows as several families declare them.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Windows {
     #[serde(default)]

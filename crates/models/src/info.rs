@@ -45,7 +45,7 @@ pub struct TargetInfo {
     pub eos_token_ids: Vec<u32>,
     /// The token that fills up batches.
     pub pad_token_id: Option<u32>,
-    /// The whole `config.json`.
+    /// The whole `config.json`, with Llama's keys where the family has others.
     pub raw: Value,
     /// Where `raw` comes from, for messages.
     pub path: PathBuf,
@@ -120,6 +120,7 @@ impl TargetInfo {
     /// The description in an already parsed `config.json`; `path` is for messages.
     pub fn from_json(path: &Path, raw: Value) -> Result<Self> {
         let architecture = architecture::of(path, &raw)?;
+        let raw = (architecture.settings)(raw);
         let common: Common = parse(path, &raw)?;
         expect_sizes(path, &raw)?;
         let head_dim = head_dim(path, &raw, &common, architecture.head_dim)?;
@@ -145,18 +146,29 @@ impl TargetInfo {
             raw,
             path: path.to_path_buf(),
         };
-        info.check(common.hidden_act.as_deref())?;
+        info.check(common.hidden_act.as_deref(), architecture.activations)?;
         Ok(info)
     }
 
-    /// Heads and scale of the attention.
-    pub fn attention_shape(&self) -> AttentionShape {
+    /// Heads and scale of the attention; the scale of most is `head_dim^-0.5`.
+    pub(crate) fn attention_shape(&self, scale: Option<f32>) -> AttentionShape {
         AttentionShape {
             n_heads: self.n_heads,
             n_kv_heads: self.n_kv_heads,
             head_dim: self.head_dim,
-            scale: (self.head_dim as f32).powf(-0.5),
+            scale: scale.unwrap_or_else(|| (self.head_dim as f32).powf(-0.5)),
         }
+    }
+
+    /// Fails where logits are not the product with the head: training takes the teacher's logits from there.
+    pub fn expect_teacher(&self) -> Result<()> {
+        let frame = (architecture::of(&self.path, &self.raw)?.frame)(self)?;
+        if frame.logit_cap.is_none() {
+            return Ok(());
+        }
+        let why =
+            "the losses know no cap on the teacher's logits: this target can be run, but train no draft";
+        Err(self.wrong("final_logit_softcapping", why))
     }
 
     /// An error about one key.
@@ -165,13 +177,14 @@ impl TargetInfo {
     }
 
     /// Refuses what would silently give another model than the checkpoint is.
-    fn check(&self, hidden_act: Option<&str>) -> Result<()> {
+    fn check(&self, hidden_act: Option<&str>, activations: &[&str]) -> Result<()> {
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             let why = format!("expected a divisor of num_attention_heads = {}", self.n_heads);
             return Err(self.wrong("num_key_value_heads", why));
         }
-        if !matches!(hidden_act, None | Some("silu" | "swish")) {
-            return Err(self.wrong("hidden_act", "this activation is not supported, expected \"silu\""));
+        if hidden_act.is_some_and(|name| !activations.contains(&name)) {
+            let why = format!("this activation is not supported, expected {:?}", activations[0]);
+            return Err(self.wrong("hidden_act", why));
         }
         if self.raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
             let why = "quantised weights are not supported; use the unquantised checkpoint of the model";

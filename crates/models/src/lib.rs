@@ -5,13 +5,15 @@
 //! This crate knows no draft method and no feature store: what to record is a [`Capture`].
 //!
 //! To add an architecture: write its file (settings, a `Layer` with a numbered forward, `new` that mirrors the
-//! checkpoint's names) and one line in `architecture.rs`.
+//! checkpoint's names) and one line in `architecture.rs`; what stands around the layers is its `Frame`, and `settings`
+//! puts the family's keys of `config.json` into Llama's.
 
 mod architecture;
 mod cache;
 mod capture;
 mod config;
 mod error;
+mod frame;
 mod info;
 mod loader;
 mod mlp;
@@ -19,7 +21,15 @@ mod pass;
 mod rotary;
 mod target;
 
+mod gemma2;
+mod gemma3;
+mod glm4;
+mod granite;
+mod lfm2;
 mod llama;
+mod mistral;
+mod olmo2;
+mod phi3;
 mod qwen2;
 mod qwen3;
 
@@ -27,4 +37,4 @@ pub use cache::KvCache;
 pub use capture::{Capture, Captured};
 pub use error::{Error, Result};
 pub use info::TargetInfo;
-pub use target::Target;
+pub use target::{Target, tables};

@@ -28,6 +28,8 @@ pub(crate) struct Loader<'a> {
     pub storage: Option<DType>,
     /// Whether the matrices of linear layers are rounded to 8-bit floats.
     pub fp8: bool,
+    /// What the weights of norms are stored minus.
+    pub norm_offset: f32,
     pub prefix: String,
 }
 
@@ -41,26 +43,52 @@ impl Loader<'_> {
             device: self.device,
             storage: self.storage,
             fp8: self.fp8,
+            norm_offset: self.norm_offset,
             prefix: format!("{}{name}.", self.prefix),
         }
     }
 
     /// A linear layer `[n_out, n_in]`, with a bias `[n_out]` or without.
     pub(crate) fn linear(&mut self, name: &str, n_in: usize, n_out: usize, bias: bool) -> Result<Weight> {
-        let weight = self.tensor(&format!("{name}.weight"), &[n_out, n_in])?;
+        self.linear_in_order(name, n_in, n_out, bias, None)
+    }
+
+    /// As [`Loader::linear`], with row i being row `order[i]` of the file.
+    fn linear_in_order(
+        &mut self,
+        name: &str,
+        n_in: usize,
+        n_out: usize,
+        bias: bool,
+        order: Option<&[usize]>,
+    ) -> Result<Weight> {
+        let weight = self.tensor_in_order(&format!("{name}.weight"), &[n_out, n_in], order)?;
         if self.fp8 {
             let param = self.params.get_mut(weight);
             param.value = param.value.quantize_rows()?;
         }
-        let bias = bias.then(|| self.tensor(&format!("{name}.bias"), &[n_out])).transpose()?;
+        let bias =
+            bias.then(|| self.tensor_in_order(&format!("{name}.bias"), &[n_out], order)).transpose()?;
         Ok(Weight::of(weight).with_bias(bias))
     }
 
     /// Linear layers of these names and output widths over the same input of width `n_in`, as one.
     pub(crate) fn stacked(&mut self, layers: &[(&str, usize)], n_in: usize, bias: bool) -> Result<Weight> {
+        self.stacked_in_order(layers, &vec![None; layers.len()], n_in, bias)
+    }
+
+    /// As [`Loader::stacked`], with row i of a layer being row `order[i]` of the file where it has an order.
+    pub(crate) fn stacked_in_order(
+        &mut self,
+        layers: &[(&str, usize)],
+        orders: &[Option<&[usize]>],
+        n_in: usize,
+        bias: bool,
+    ) -> Result<Weight> {
         let layers: Vec<Weight> = layers
             .iter()
-            .map(|(name, n_out)| self.linear(name, n_in, *n_out, bias))
+            .zip(orders)
+            .map(|((name, n_out), order)| self.linear_in_order(name, n_in, *n_out, bias, *order))
             .collect::<Result<_>>()?;
         let together = Weight::stacked(&layers.iter().collect::<Vec<_>>());
         self.params.stack(together.params())?;
@@ -69,14 +97,29 @@ impl Loader<'_> {
 
     /// The weight of a norm over `n` elements.
     pub(crate) fn norm(&mut self, name: &str, n: usize) -> Result<ParamId> {
-        self.tensor(&format!("{name}.weight"), &[n])
+        let id = self.tensor(&format!("{name}.weight"), &[n])?;
+        if self.norm_offset != 0.0 {
+            // Added in float32, and kept as the device computes: on the CPU no digit is lost.
+            let param = self.params.get_mut(id);
+            let weight = param.value.to_f32().iter().map(|w| w + self.norm_offset).collect();
+            param.value = Tensor::from_f32(self.device, weight, &[n])?.cast(self.device.storage())?;
+        }
+        Ok(id)
     }
 
     /// A table, or any other tensor of a given shape, by its full name below the prefix.
     pub(crate) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<ParamId> {
+        self.tensor_in_order(name, shape, None)
+    }
+
+    fn tensor_in_order(&mut self, name: &str, shape: &[usize], order: Option<&[usize]>) -> Result<ParamId> {
         let name = format!("{}{name}", self.prefix);
         let tensor = match self.source {
-            Source::Files(weights) => self.convert(&name, &weights.require(&name, shape)?)?,
+            Source::Files(weights) => {
+                let view = weights.require(&name, shape)?;
+                let moved = order.map(|order| rows_in_order(&view, order));
+                self.convert(&name, &View { bytes: moved.as_deref().unwrap_or(view.bytes), ..view })?
+            }
             Source::Random => self.draw(shape)?,
         };
         Ok(self.params.add(name, tensor, false))
@@ -114,4 +157,10 @@ impl Loader<'_> {
             _ => Tensor::from_f32(self.device, view.to_f32(), view.shape)?.cast(storage)?,
         })
     }
+}
+
+/// The bytes of a tensor with other rows in the place of each.
+fn rows_in_order(view: &View<'_>, order: &[usize]) -> Vec<u8> {
+    let row = view.bytes.len() / view.shape[0];
+    order.iter().flat_map(|&from| view.bytes[from * row..][..row].iter().copied()).collect()
 }

@@ -4,14 +4,20 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use specforge_tensor::{Attention, AttentionShape, KeyValue, Part, Rope, Spans, Tape, Tensor, Var};
+use specforge_tensor::{Attention, AttentionShape, KeyValue, ParamId, Part, Rope, Spans, Tape, Tensor, Var};
 
 use crate::cache::{KvCache, Tree};
+use crate::frame::Frame;
 use crate::rotary::Rotary;
 use crate::{Result, TargetInfo};
 
 /// One decoder layer.
 pub(crate) trait Layer: Debug + Send + Sync {
+    /// The widths of what is cached of a row; `kv` is that of keys, and of values.
+    fn cached(&self, kv: usize) -> Vec<usize> {
+        vec![kv; 2]
+    }
+
     /// The residual stream after the layer, from that before it; both `[R, H]`.
     fn forward(&self, pass: &mut Pass<'_, '_>, h: &Var) -> Result<Var>;
 }
@@ -44,28 +50,42 @@ pub(crate) struct Pass<'t, 'p> {
     /// The layer that runs, which is that of the cache.
     pub layer: usize,
     shape: AttentionShape,
+    cap: Option<f32>,
     rotary: Rotary,
+    /// Of layers with a rotary embedding of their own.
+    local: Option<Rotary>,
     sight: Sight<'t>,
 }
 
 impl<'t, 'p> Pass<'t, 'p> {
-    pub(crate) fn new(info: &TargetInfo, tape: &'t Tape<'p>, rotary: Rotary, sight: Sight<'t>) -> Self {
-        let (eps, shape) = (info.rms_norm_eps as f32, info.attention_shape());
-        Self { tape, eps, layer: 0, shape, rotary, sight }
+    pub(crate) fn new(
+        info: &TargetInfo,
+        frame: &Frame,
+        tape: &'t Tape<'p>,
+        (rotary, local): (Rotary, Option<Rotary>),
+        sight: Sight<'t>,
+    ) -> Self {
+        let (eps, shape) = (info.rms_norm_eps as f32, info.attention_shape(frame.attention_scale));
+        Self { tape, eps, layer: 0, shape, cap: frame.attention_cap, rotary, local, sight }
     }
 
     /// Heads turned by their rows' positions; x `[R, heads · head_dim]`.
     pub(crate) fn rope(&self, x: &Var) -> Result<Var> {
-        self.turn(x, x.rows_cols().1 / self.shape.head_dim)
+        self.turn(x, x.rows_cols().1 / self.shape.head_dim, &self.rotary)
+    }
+
+    /// As [`Pass::rope`], by the frequencies of the layers that have some of their own.
+    pub(crate) fn rope_local(&self, x: &Var) -> Result<Var> {
+        self.turn(x, x.rows_cols().1 / self.shape.head_dim, self.local.as_ref().unwrap_or(&self.rotary))
     }
 
     /// As [`Pass::rope`], of queries, keys and values side by side: the values stay.
     pub(crate) fn rope_packed(&self, qkv: &Var) -> Result<Var> {
-        self.turn(qkv, self.shape.n_heads + self.shape.n_kv_heads)
+        self.turn(qkv, self.shape.n_heads + self.shape.n_kv_heads, &self.rotary)
     }
 
-    fn turn(&self, x: &Var, n_heads: usize) -> Result<Var> {
-        let Rotary { cos, sin, rows } = &self.rotary;
+    fn turn(&self, x: &Var, n_heads: usize, rotary: &Rotary) -> Result<Var> {
+        let Rotary { cos, sin, rows } = rotary;
         let (cos, sin, positions) = (cos.clone(), sin.clone(), rows.clone());
         Ok(self.tape.rope(x, &Rope { n_heads, head_dim: self.shape.head_dim, cos, sin, positions })?)
     }
@@ -79,12 +99,16 @@ impl<'t, 'p> Pass<'t, 'p> {
     /// Attention of queries `[R, N·D]` to keys and values `[R, G·D]` of the pass and of the cache. With a window a
     /// query sees that many keys, itself included.
     pub(crate) fn attention(&mut self, query: &Part, new: &KeyValue, window: Option<usize>) -> Result<Var> {
-        let (tape, shape, device) = (self.tape, self.shape, query.of.value().device());
+        let (tape, shape, device, cap) = (self.tape, self.shape, query.of.value().device(), self.cap);
         let n = query.of.rows_cols().0;
         let attend = |base: &KeyValue, spans: Vec<(u32, u32)>, extras: &[(KeyValue, Option<Tensor>)]| {
             let (lo, hi) = spans.into_iter().unzip();
             let spans = Spans { lo: Tensor::from_u32(device, lo), hi: Tensor::from_u32(device, hi) };
-            Ok(tape.attention(&Attention { shape, query: query.clone(), base, spans: &spans, extras })?)
+            let attention = Attention { shape, query: query.clone(), base, spans: &spans, extras };
+            Ok(match cap {
+                None => tape.attention(&attention)?,
+                Some(cap) => tape.attention_capped(&attention, cap)?,
+            })
         };
         let (cache, first, tree) = match &mut self.sight {
             Sight::Documents(bounds) => return attend(new, document_spans(bounds, window), &[]),
@@ -92,9 +116,10 @@ impl<'t, 'p> Pass<'t, 'p> {
         };
         let width = shape.n_kv_heads * shape.head_dim;
         let rows = |part: &Part| tape.columns(&part.of, part.first..part.first + width);
-        cache.append(self.layer, [rows(&new.key)?.value(), rows(&new.value)?.value()])?;
-        let [key, value] = cache.layer(self.layer).map(|rows| tape.input(rows));
-        let base = KeyValue::new(&key, &value);
+        cache.append(self.layer, &[rows(&new.key)?.value(), rows(&new.value)?.value()])?;
+        let cached: Vec<Var> = cache.layer(self.layer).into_iter().map(|rows| tape.input(rows)).collect();
+        let base = KeyValue::new(&cached[0], &cached[1]);
+        drop(cached);
         match tree {
             None => attend(&base, continuation_spans(first, n, window), &[]),
             Some(tree) => {
@@ -105,6 +130,35 @@ impl<'t, 'p> Pass<'t, 'p> {
             }
         }
     }
+}
+
+impl Pass<'_, '_> {
+    /// A causal convolution with weights `[H, 1, K]` of rows `[R, H]` of the pass and of the cache: tap K - 1 takes the
+    /// row itself, the one before it the row before, and nothing is before a document.
+    pub(crate) fn short_conv(&mut self, x: &Var, w: ParamId) -> Result<Var> {
+        let (tape, device, (n, h)) = (self.tape, x.value().device(), x.rows_cols());
+        let taps = tape.params().get(w).value.len() / h;
+        let back = (0..taps).rev();
+        let (x, index) = match &mut self.sight {
+            Sight::Documents(bounds) => (x.clone(), back.flat_map(|k| document_rows(bounds, k)).collect()),
+            Sight::Cached { cache, first, tree } => {
+                cache.append(self.layer, &[x.value()])?;
+                let rows = |back: usize| match tree {
+                    Some(tree) => tree.rows_before(*first, back),
+                    None => document_rows(std::slice::from_ref(&(0..*first + n)), back).split_off(*first),
+                };
+                let index: Vec<u32> = back.flat_map(rows).collect();
+                (tape.input(cache.layer(self.layer).swap_remove(0)), index)
+            }
+        };
+        Ok(tape.short_conv(&x, &Tensor::from_u32(device, index), w)?)
+    }
+}
+
+/// The row `back` rows before each, `u32::MAX` before its document.
+fn document_rows(bounds: &[Range<usize>], back: usize) -> Vec<u32> {
+    let rows = bounds.iter().flat_map(|document| document.clone().map(|row| (document.start, row)));
+    rows.map(|(start, row)| if row >= start + back { (row - back) as u32 } else { u32::MAX }).collect()
 }
 
 /// Names and widths of the projections to queries and to keys and values, for [`Loader::stacked`].

@@ -4,27 +4,31 @@ use std::ops::Range;
 use std::path::Path;
 
 use specforge_nn::weights::Weights;
-use specforge_tensor::{DType, Device, ParamId, Params, Tape, Tensor, Weight};
+use specforge_tensor::{DType, Device, ParamId, Params, Tape, Tensor, Var, Weight};
 
 use crate::cache::{KvCache, Tree};
+use crate::frame::Frame;
 use crate::loader::{Loader, Source};
 use crate::pass::{Layers, Pass, Sight};
-use crate::rotary::{Rotary, RotaryTables, Sequence};
+use crate::rotary::{RotaryTables, Sequence};
 use crate::{Capture, Captured, Error, Result, TargetInfo, architecture};
 
 /// A frozen target model.
 #[derive(Debug)]
 pub struct Target {
     info: TargetInfo,
+    frame: Frame,
     device: Device,
     rotary: RotaryTables,
+    /// Of layers with a rotary embedding of their own.
+    local_rotary: Option<RotaryTables>,
     params: Params,
     /// `[V, H]`.
     embedding: ParamId,
     layers: Layers,
     /// The norm after the last layer, `[H]`.
     norm: ParamId,
-    /// `[V, H]`; the embedding where they are tied.
+    /// `[V, H]`; the embedding where they are tied and logits are not scaled.
     head: ParamId,
 }
 
@@ -52,22 +56,23 @@ impl Target {
         storage: Option<DType>,
     ) -> Result<Self> {
         let architecture = architecture::of(&info.path, &info.raw)?;
+        let frame = (architecture.frame)(&info)?;
         let mut params = Params::new();
         // Embedding, head and norms stay as they are: they are small, or the teacher's.
         let (fp8, storage) = match storage {
             Some(DType::E4m3) => (true, Some(DType::Bf16)),
             other => (false, other),
         };
-        let prefix = String::new();
-        let mut loader = Loader { folder, source, params: &mut params, device, storage, fp8, prefix };
-        let table = [info.vocab_size, info.hidden_size];
-        let embedding = loader.tensor("model.embed_tokens.weight", &table)?;
+        let (prefix, norm_offset) = (frame.prefix.to_owned(), frame.norm_offset);
+        let mut loader =
+            Loader { folder, source, params: &mut params, device, storage, fp8, norm_offset, prefix };
+        let embedding = embedding_of(&info, &mut loader)?;
         let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;
-        let norm = loader.norm("model.norm", info.hidden_size)?;
-        let head =
-            if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
+        let norm = loader.norm(frame.norm, info.hidden_size)?;
+        let head = head_of(&info, &frame, embedding, &mut loader)?;
         let rotary = RotaryTables::new(info.rope.clone(), device);
-        Ok(Self { info, device, rotary, params, embedding, layers, norm, head })
+        let local_rotary = frame.local_rope.clone().map(|rope| RotaryTables::new(rope, device));
+        Ok(Self { info, frame, device, rotary, local_rotary, params, embedding, layers, norm, head })
     }
 
     /// The target's description.
@@ -80,20 +85,37 @@ impl Target {
         self.device
     }
 
-    /// Token embeddings, `[V, H]`, in the storage type.
+    /// Token embeddings as the checkpoint has them, `[V, H]`, in the storage type.
     pub fn embedding(&self) -> &Tensor {
         &self.params.get(self.embedding).value
     }
 
-    /// The language-model head, `[V, H]`, in the storage type; the embedding where they are tied.
+    /// The language-model head, `[V, H]`, in the storage type; the embedding where they are tied. A factor on the
+    /// logits is in it.
     pub fn head(&self) -> &Tensor {
         &self.params.get(self.head).value
+    }
+
+    /// The rows `[R, H]` of tokens as they enter the first layer.
+    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        Ok(self.embed_on(&Tape::inference(&self.params), tokens)?.value().clone())
+    }
+
+    fn embed_on(&self, tape: &Tape<'_>, tokens: &[u32]) -> Result<Var> {
+        let rows = tape.embedding(self.embedding, &Tensor::from_u32(self.device, tokens.to_vec()))?;
+        Ok(if self.frame.embedding_scale == 1.0 {
+            rows
+        } else {
+            tape.scale(&rows, self.frame.embedding_scale)?
+        })
     }
 
     /// Logits `[R, V]` of last hidden states `[R, H]`.
     pub fn logits(&self, last_hidden: &Tensor) -> Result<Tensor> {
         let tape = Tape::inference(&self.params);
-        Ok(tape.linear(&tape.input(last_hidden.clone()), &Weight::of(self.head))?.value().clone())
+        let logits = tape.linear(&tape.input(last_hidden.clone()), &Weight::of(self.head))?;
+        let cap = self.frame.logit_cap;
+        Ok(cap.map_or(Ok(logits.clone()), |cap| tape.soft_cap(&logits, cap))?.value().clone())
     }
 
     /// Runs documents of any lengths, packed without padding: each starts at position 0 and sees itself alone.
@@ -109,11 +131,11 @@ impl Target {
         let bounds = bounds_of(documents);
         let sequence =
             |tokens: &&[u32]| Sequence { positions: (0..tokens.len() as u32).collect(), len: tokens.len() };
-        let rotary = self.rotary.of(&documents.iter().map(sequence).collect::<Vec<_>>())?;
+        let sequences: Vec<_> = documents.iter().map(sequence).collect();
         let depth = capture.depth(self.layers.len());
         let tokens = documents.concat();
         let (hidden_states, last_hidden) =
-            self.run(&tokens, rotary, Sight::Documents(&bounds), capture, depth)?;
+            self.run(&tokens, &sequences, Sight::Documents(&bounds), capture, depth)?;
         Ok(Captured { hidden_states, last_hidden, bounds })
     }
 
@@ -146,11 +168,11 @@ impl Target {
         let len = positions.iter().max().map_or(0, |&last| last as usize + 1);
         self.check_length(0, n, len)?;
         let tree = (!tree.is_chain()).then_some(tree);
-        let rotary = self.rotary.of(&[Sequence { positions, len }])?;
+        let sequence = [Sequence { positions, len }];
         cache.begin(parents.to_vec(), tree.is_some())?;
         let sight = Sight::Cached { cache: &mut *cache, first, tree: tree.as_ref() };
         // All layers run, whatever is captured: the cache needs their keys.
-        let run = self.run(tokens, rotary, sight, capture, self.layers.len());
+        let run = self.run(tokens, &sequence, sight, capture, self.layers.len());
         let (hidden_states, last_hidden) = run.inspect_err(|_| cache.truncate(first))?;
         Ok(Captured { hidden_states, last_hidden, bounds: bounds_of(&[tokens]) })
     }
@@ -159,17 +181,19 @@ impl Target {
     fn run(
         &self,
         tokens: &[u32],
-        rotary: Rotary,
+        sequences: &[Sequence],
         sight: Sight<'_>,
         capture: &Capture,
         depth: usize,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (device, width) = (self.device, self.info.hidden_size);
         let tape = Tape::inference(&self.params);
-        let mut pass = Pass::new(&self.info, &tape, rotary, sight);
+        let local = self.local_rotary.as_ref().map(|tables| tables.of(sequences)).transpose()?;
+        let rotary = (self.rotary.of(sequences)?, local);
+        let mut pass = Pass::new(&self.info, &self.frame, &tape, rotary, sight);
         let mut states = Tensor::activations(device, &[tokens.len(), capture.layers.len() * width])?;
         // 1. Embeddings.
-        let mut h = tape.embedding(self.embedding, &Tensor::from_u32(device, tokens.to_vec()))?;
+        let mut h = self.embed_on(&tape, tokens)?;
         // 2. Layers; the outputs asked for go side by side.
         for (i, layer) in self.layers[..depth].iter().enumerate() {
             pass.layer = i;
@@ -195,12 +219,57 @@ impl Target {
         if n > 0 && len <= max { Ok(()) } else { Err(Error::Length { document, len, max }) }
     }
 
+    /// Per layer, the widths of what is cached of a row.
+    pub(crate) fn cached(&self) -> Vec<Vec<usize>> {
+        let kv = self.info.n_kv_heads * self.info.head_dim;
+        self.layers.iter().map(|layer| layer.cached(kv)).collect()
+    }
+
     fn check_cache(&self, cache: &KvCache) -> Result<()> {
-        if cache.fits(self.layers.len(), self.info.n_kv_heads * self.info.head_dim, self.device) {
+        if cache.fits(&self.cached(), self.device) {
             return Ok(());
         }
         Err(Error::Cache("it was made for another target".to_owned()))
     }
+}
+
+/// A target's embedding and head as [`Target::embedding`] and [`Target::head`] have them, on the host, in the type
+/// `storage`: what a draft needs of it while it trains from a store.
+pub fn tables(folder: impl AsRef<Path>, info: &TargetInfo, storage: DType) -> Result<[Tensor; 2]> {
+    let (folder, mut params) = (folder.as_ref(), Params::new());
+    let frame = (architecture::of(&info.path, &info.raw)?.frame)(info)?;
+    let weights = Weights::open(folder)?;
+    let (source, params_of) = (Source::Files(&weights), &mut params);
+    let mut loader = Loader {
+        folder,
+        source,
+        params: params_of,
+        device: Device::Cpu,
+        storage: Some(storage),
+        fp8: false,
+        norm_offset: frame.norm_offset,
+        prefix: frame.prefix.to_owned(),
+    };
+    let embedding = embedding_of(info, &mut loader)?;
+    let head = head_of(info, &frame, embedding, &mut loader)?;
+    Ok([embedding, head].map(|id| params.get(id).value.clone()))
+}
+
+fn embedding_of(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<ParamId> {
+    loader.tensor("model.embed_tokens.weight", &[info.vocab_size, info.hidden_size])
+}
+
+/// The head. A factor on the logits goes into it, so that the teacher's logits, which training computes from the head,
+/// have it too: exact for the powers of two that models use.
+fn head_of(info: &TargetInfo, frame: &Frame, embedding: ParamId, loader: &mut Loader<'_>) -> Result<ParamId> {
+    let table = [info.vocab_size, info.hidden_size];
+    let head = if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
+    if frame.logit_scale == 1.0 {
+        return Ok(head);
+    }
+    let (name, value) = (loader.params.get(head).name.clone(), &loader.params.get(head).value);
+    let value = value.device().kernels().scale(value, frame.logit_scale)?.cast(value.dtype())?;
+    Ok(loader.params.add(format!("{name} (scaled)"), value, false))
 }
 
 /// The rows of each document in their pack.

@@ -251,6 +251,35 @@ impl RopeConfig {
     }
 }
 
+/// A configuration whose heads are rotated whole, which is how drafts are trained and served whatever their target does.
+/// Factors per frequency, which fit the target's part of a head, then give way to plain frequencies; a trained length
+/// that stands beside the table goes into it.
+pub fn whole_heads(config: &Value) -> Value {
+    let mut config = config.clone();
+    let top = config.as_object_mut();
+    let mut is_partial = false;
+    let mut remove = |table: &mut serde_json::Map<String, Value>| {
+        let share = table.remove("partial_rotary_factor").and_then(|share| share.as_f64());
+        is_partial |= share.is_some_and(|share| share < 1.0);
+    };
+    let Some(top) = top else { return config };
+    remove(top);
+    let tables = ["rope_parameters", "rope_scaling"];
+    tables
+        .iter()
+        .for_each(|key| top.get_mut(*key).and_then(Value::as_object_mut).into_iter().for_each(&mut remove));
+    let trained = top.get("original_max_position_embeddings").cloned();
+    for table in tables {
+        let Some(table) = top.get_mut(table).and_then(Value::as_object_mut) else { continue };
+        if is_partial && table.contains_key("short_factor") {
+            table.retain(|key, _| key == "rope_theta");
+        } else if let Some(trained) = trained.clone().filter(|_| table.contains_key("short_factor")) {
+            table.insert("original_max_position_embeddings".to_owned(), trained);
+        }
+    }
+    config
+}
+
 fn parse(s: &Settings<'_>, original: f64, max: f64, rotary_dim: usize) -> Result<Kind, Error> {
     Ok(match s.kind {
         "default" => Kind::Default,
@@ -464,6 +493,28 @@ mod tests {
             let error = RopeConfig::from_json(&config, 32).expect_err("must be refused").to_string();
             assert!(error.contains(message), "{error}");
         }
+    }
+
+    #[test]
+    fn drafts_rotate_whole_heads() {
+        let factors = |n: usize| {
+            json!({ "rope_type": "longrope", "rope_theta": 5.0, "short_factor": vec![1.0; n],
+                                         "long_factor": vec![2.0; n] })
+        };
+        let config = |rope: Value, partial: f64| {
+            json!({ "rope_parameters": rope, "partial_rotary_factor": partial,
+                    "original_max_position_embeddings": 16, "max_position_embeddings": 64 })
+        };
+        let partial = RopeConfig::from_json(&whole_heads(&config(factors(4), 0.5)), 16).expect("plain");
+        let plain = json!({ "rope_theta": 5.0, "max_position_embeddings": 64 });
+        assert_eq!(partial, RopeConfig::from_json(&plain, 16).expect("plain"));
+        // Whole heads keep their factors, and the trained length is where an exported configuration has it.
+        let whole = whole_heads(&config(factors(8), 1.0));
+        assert_eq!(whole["rope_parameters"]["original_max_position_embeddings"], 16);
+        let read = |config: &Value| RopeConfig::from_json(config, 16).expect("longrope");
+        assert_eq!(read(&whole), read(&config(factors(8), 1.0)));
+        let old = json!({ "rope_theta": 5.0, "rope_scaling": null, "partial_rotary_factor": 0.5 });
+        assert_eq!(whole_heads(&old), json!({ "rope_theta": 5.0, "rope_scaling": null }));
     }
 
     #[test]

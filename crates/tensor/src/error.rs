@@ -48,6 +48,12 @@ pub enum Error {
     /// The device cannot do what was asked, or failed.
     #[error(transparent)]
     Cuda(#[from] specforge_cuda::Error),
+    /// A gradient through an operation that only frozen targets use.
+    #[error("{op} has no gradient: only frozen targets use it")]
+    NoGradient {
+        /// The operation.
+        op: &'static str,
+    },
     /// A shape that the CPU takes and a device's kernels do not.
     #[error("{op} on a CUDA device: {why}")]
     Unsupported {

@@ -66,6 +66,8 @@ pub struct AttentionInputs<'a> {
     pub extras: &'a [Extra<'a>],
     /// A logit per query head that takes part in the softmax and has no value, float32 `[n_heads]` (attention sinks).
     pub sinks: Option<&'a Tensor>,
+    /// Scores s become `cap · tanh(s / cap)`; only the forward has it.
+    pub cap: Option<f32>,
 }
 
 /// How heads are rotated: the first `n_heads` of a row, each its first `2 * half` elements, pairing j with j + half.
@@ -260,6 +262,17 @@ pub trait Kernels: Debug + Sync {
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor>;
     /// Gradient of [`Kernels::swiglu`], packed like its input, and once more what it computed.
     fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)>;
+    /// `gelu(gate) * up` of a packed `[R, 2 I]`: gate, then up; GELU by its tanh approximation.
+    fn geglu(&self, gate_up: &Tensor) -> Result<Tensor>;
+    /// `a * b` of R rows and `width` columns each.
+    fn product(&self, a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor>;
+    /// `y[r, c] = Σ_k w[c, k] x[index[k, r], c]` of w `[H, K]` (in any shape of H rows) and `u32 [K * R]`; `u32::MAX`
+    /// names a row of zeros.
+    fn short_conv(&self, x: &Tensor, index: &Tensor, w: &Tensor) -> Result<Tensor>;
+    /// `factor * x`.
+    fn scale(&self, x: &Tensor, factor: f32) -> Result<Tensor>;
+    /// `cap * tanh(x / cap)`.
+    fn soft_cap(&self, x: &Tensor, cap: f32) -> Result<Tensor>;
     /// `a + b`.
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor>;
     /// `dst += src`.

@@ -5,6 +5,7 @@
 pub(crate) mod adam;
 pub(crate) mod attention;
 mod finite_difference;
+pub(crate) mod frozen;
 mod invariants;
 pub(crate) mod loss;
 mod shapes;
@@ -47,10 +48,15 @@ impl Op {
     }
 
     pub(crate) fn value(&self) -> Tensor {
+        self.try_value().unwrap()
+    }
+
+    /// As [`Op::value`], where the device may refuse.
+    pub(crate) fn try_value(&self) -> Result<Tensor> {
         let (params, ids) = self.declared();
         let tape = Tape::inference(&params);
         let leaves: Vec<Var> = self.leaves.iter().map(|t| tape.input(t.clone())).collect();
-        (self.forward)(&tape, &leaves, &ids).unwrap().value().clone()
+        Ok((self.forward)(&tape, &leaves, &ids)?.value().clone())
     }
 
     /// The value, and the gradients of leaves, then parameters, of `Σ dy · value`; dy is drawn from `seed`.

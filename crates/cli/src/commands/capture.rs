@@ -30,6 +30,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let plan = args.recipe.plan()?;
     let data = setup::prepared(&plan)?;
     let target = setup::target(&plan)?;
+    target.info().expect_teacher()?;
     setup::expect_room(target.info(), &data)?;
     let capture: Capture = plan.method.capture(target.info())?;
     let spec = setup::store_spec(&plan, target.info(), &capture, &data)?;

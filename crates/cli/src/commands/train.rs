@@ -255,6 +255,7 @@ struct Parts {
 impl Parts {
     fn build(plan: &RunPlan, data: &Arc<Prepared>, held_out: &[usize]) -> Result<Self> {
         let info = TargetInfo::read(&plan.target.path)?;
+        info.expect_teacher()?;
         let target = if plan.mode == Mode::Offline { None } else { Some(setup::target(plan)?) };
         let frozen = match &target {
             Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },

@@ -1,7 +1,7 @@
 //! The draft's shape, from a recipe and its target or from an exported `config.json`, and the weights it has.
 
 use specforge_models::TargetInfo;
-use specforge_nn::rope::RopeConfig;
+use specforge_nn::rope::{RopeConfig, whole_heads};
 
 use super::config::{Config, config_error};
 use crate::{Error, Result};
@@ -52,7 +52,10 @@ impl Dims {
             vocab_size: target.vocab_size,
             draft_vocab_size,
             rms_norm_eps: target.rms_norm_eps,
-            rope: RopeConfig::from_json(&target.raw, config.head_dim.unwrap_or(target.head_dim))?,
+            rope: RopeConfig::from_json(
+                &whole_heads(&target.raw),
+                config.head_dim.unwrap_or(target.head_dim),
+            )?,
             max_position_embeddings: target.max_position_embeddings,
             fc_norm: config.fc_norm,
             norm_output: config.norm_output,

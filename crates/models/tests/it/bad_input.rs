@@ -49,6 +49,19 @@ fn wrong_settings_are_named() {
 }
 
 #[test]
+fn capped_logits_are_no_teacher() {
+    let read = |extra: Value| {
+        let config = config("Gemma2ForCausalLM", &extra);
+        TargetInfo::from_json("config.json".as_ref(), config).expect("a sound configuration")
+    };
+    let gelu = "gelu_pytorch_tanh";
+    read(json!({ "hidden_act": gelu })).expect_teacher().expect("no cap");
+    let capped = read(json!({ "hidden_act": gelu, "final_logit_softcapping": 30.0 }));
+    let message = capped.expect_teacher().expect_err("a cap").to_string();
+    assert!(message.contains("final_logit_softcapping = 30.0: the losses know no cap"), "{message}");
+}
+
+#[test]
 fn wrong_windows_are_named() {
     let check = |extra: Value, expected: &str| {
         let config = config("Qwen2ForCausalLM", &extra);

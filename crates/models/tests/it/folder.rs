@@ -33,28 +33,81 @@ pub(crate) fn tensors(config: &Value) -> Vec<(String, Vec<usize>)> {
     let (q, kv) = (n("num_attention_heads") * d, n("num_key_value_heads") * d);
     let architecture = config["architectures"][0].as_str().expect("a name");
     let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![v, h])];
+    if architecture == "Lfm2ForCausalLM" {
+        all.push(("model.embedding_norm.weight".to_owned(), vec![h]));
+        for (layer, kind) in config["layer_types"].as_array().expect("kinds").iter().enumerate() {
+            let tensors = lfm2_layer(kind == "conv", [h, i, d, q, kv]);
+            all.extend(
+                tensors.into_iter().map(|(n, shape)| (format!("model.layers.{layer}.{n}.weight"), shape)),
+            );
+        }
+        return all;
+    }
     for layer in 0..n("num_hidden_layers") {
         let mut add =
             |name: &str, shape: &[usize]| all.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
-        for (name, n_out, n_in) in [("q", q, h), ("k", kv, h), ("v", kv, h), ("o", h, q)] {
+        let (phi, glm) = (architecture == "Phi3ForCausalLM", architecture == "Glm4ForCausalLM");
+        let projections = [("q", q, h), ("k", kv, h), ("v", kv, h), ("o", h, q), ("qkv", q + 2 * kv, h)];
+        for (name, n_out, n_in) in projections.into_iter().filter(|p| phi == (p.0 == "qkv") || p.0 == "o") {
             add(&format!("self_attn.{name}_proj.weight"), &[n_out, n_in]);
             if architecture == "Qwen2ForCausalLM" && name != "o" {
                 add(&format!("self_attn.{name}_proj.bias"), &[n_out]);
             }
         }
-        if architecture == "Qwen3ForCausalLM" {
-            add("self_attn.q_norm.weight", &[d]);
-            add("self_attn.k_norm.weight", &[d]);
+        let widths = match architecture {
+            "Qwen3ForCausalLM" | "Gemma3ForCausalLM" => Some([d, d]),
+            "Olmo2ForCausalLM" => Some([q, kv]),
+            _ => None,
+        };
+        for (name, width) in ["q", "k"].into_iter().zip(widths.into_iter().flatten()) {
+            add(&format!("self_attn.{name}_norm.weight"), &[width]);
         }
-        for (name, n_out, n_in) in [("gate", i, h), ("up", i, h), ("down", h, i)] {
+        let matrices = [("gate", i, h), ("up", i, h), ("down", h, i), ("gate_up", 2 * i, h)];
+        for (name, n_out, n_in) in
+            matrices.into_iter().filter(|m| (phi || glm) == (m.0 == "gate_up") || m.0 == "down")
+        {
             add(&format!("mlp.{name}_proj.weight"), &[n_out, n_in]);
         }
-        add("input_layernorm.weight", &[h]);
-        add("post_attention_layernorm.weight", &[h]);
+        norms(architecture).iter().for_each(|norm| add(&format!("{norm}_layernorm.weight"), &[h]));
     }
     all.push(("model.norm.weight".to_owned(), vec![h]));
     all.push(("lm_head.weight".to_owned(), vec![v, h]));
     all
+}
+
+fn lfm2_layer(is_conv: bool, [h, i, d, q, kv]: [usize; 5]) -> Vec<(&'static str, Vec<usize>)> {
+    let mut all = vec![
+        ("operator_norm", vec![h]),
+        ("ffn_norm", vec![h]),
+        ("feed_forward.w1", vec![i, h]),
+        ("feed_forward.w2", vec![h, i]),
+        ("feed_forward.w3", vec![i, h]),
+    ];
+    all.extend(if is_conv {
+        vec![("conv.in_proj", vec![3 * h, h]), ("conv.conv", vec![h, 1, 3]), ("conv.out_proj", vec![h, h])]
+    } else {
+        vec![
+            ("self_attn.q_proj", vec![q, h]),
+            ("self_attn.k_proj", vec![kv, h]),
+            ("self_attn.v_proj", vec![kv, h]),
+            ("self_attn.out_proj", vec![h, q]),
+            ("self_attn.q_layernorm", vec![d]),
+            ("self_attn.k_layernorm", vec![d]),
+        ]
+    });
+    all
+}
+
+/// The norms of a layer, around attention and MLP.
+fn norms(architecture: &str) -> &'static [&'static str] {
+    match architecture {
+        "Olmo2ForCausalLM" => &["post_attention", "post_feedforward"],
+        "Glm4ForCausalLM" => &["input", "post_self_attn", "post_attention", "post_mlp"],
+        "Gemma2ForCausalLM" | "Gemma3ForCausalLM" => {
+            &["input", "post_attention", "pre_feedforward", "post_feedforward"]
+        }
+        _ => &["input", "post_attention"],
+    }
 }
 
 /// Writes a folder with random float32 weights.
@@ -101,11 +154,25 @@ pub(crate) fn kinds() -> Vec<(&'static str, Value)> {
     let long = json!({ "rope_scaling": { "type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3],
                                          "long_factor": [2.0, 3.0, 4.0, 5.0],
                                          "original_max_position_embeddings": 12 } });
+    let gemma = json!({ "hidden_act": "gelu_pytorch_tanh", "sliding_window": 4, "query_pre_attn_scalar": 6,
+                        "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
+                        "sliding_window_pattern": 2, "tie_word_embeddings": false });
+    let lfm = json!({ "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": false });
+    let granite = json!({ "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
+                          "logits_scaling": 4.0 });
     vec![
         ("LlamaForCausalLM", json!({})),
         ("LlamaForCausalLM", long),
         ("Qwen2ForCausalLM", window.clone()),
         ("Qwen3ForCausalLM", json!({})),
         ("Qwen3ForCausalLM", window),
+        ("MistralForCausalLM", json!({ "sliding_window": 4 })),
+        ("Phi3ForCausalLM", json!({ "partial_rotary_factor": 0.75 })),
+        ("GraniteForCausalLM", granite),
+        ("Olmo2ForCausalLM", json!({})),
+        ("Glm4ForCausalLM", json!({ "partial_rotary_factor": 0.5 })),
+        ("Gemma2ForCausalLM", gemma.clone()),
+        ("Gemma3ForCausalLM", gemma),
+        ("Lfm2ForCausalLM", lfm),
     ]
 }

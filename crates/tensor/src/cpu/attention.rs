@@ -32,6 +32,7 @@ pub(super) struct View<'a> {
     pub extras: Vec<ExtraView<'a>>,
     /// Per query head, a logit without a value.
     pub sinks: Option<Cow<'a, [f32]>>,
+    cap: Option<f32>,
 }
 
 /// One extra key per query, as slices.
@@ -74,6 +75,7 @@ impl<'a> View<'a> {
             hi: u32s(&inputs.spans.hi),
             extras: inputs.extras.iter().map(extra).collect(),
             sinks: inputs.sinks.map(Tensor::f32s),
+            cap: inputs.cap,
         }
     }
 
@@ -136,6 +138,11 @@ impl<'a> View<'a> {
                 let q = &self.q[r * self.widths().0 + head * s.head_dim..][..s.head_dim];
                 scores[i * width + block.keys.len() + e] = s.scale * dot(q, self.kv_head(&extra.key, row, h));
             }
+        }
+        if let Some(cap) = self.cap {
+            // Negative infinity stands for no key.
+            let there = scores.iter_mut().filter(|s| **s != f32::NEG_INFINITY);
+            there.for_each(|s| *s = cap * (*s / cap).tanh());
         }
         scores
     }

@@ -17,7 +17,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::kernels::{
-    AdamStep, AdamTensor, AddedRows, AttentionInputs, Kernels, Rotation, RowLoss, SoftTargets, VocabStats,
+    AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, Kernels, Rotation, RowLoss, SoftTargets,
+    VocabStats,
 };
 use crate::tensor::Buffer;
 use crate::{DType, Device, Later, Result, Tensor};
@@ -135,6 +136,21 @@ impl Kernels for Cpu {
     }
     fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
         Ok((swiglu::backward(dy, gate_up), swiglu::forward(gate_up)))
+    }
+    fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {
+        Ok(swiglu::geglu(gate_up))
+    }
+    fn product(&self, a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor> {
+        Ok(rows::product(a, b, width))
+    }
+    fn short_conv(&self, x: &Tensor, index: &Tensor, w: &Tensor) -> Result<Tensor> {
+        Ok(rows::short_conv(x, index, w))
+    }
+    fn scale(&self, x: &Tensor, factor: f32) -> Result<Tensor> {
+        Ok(rows::map(x, |v| factor * v))
+    }
+    fn soft_cap(&self, x: &Tensor, cap: f32) -> Result<Tensor> {
+        Ok(rows::map(x, |v| cap * (v / cap).tanh()))
     }
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let mut y = tensor(a.to_f32(), a.shape());

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::{f32_mut, tensor, u32s};
 use crate::Tensor;
-use crate::kernels::AddedRows;
+use crate::kernels::{AddedRows, Columns};
 use crate::tensor::Buffer;
 
 /// Below this many elements one thread does the work.
@@ -125,6 +125,33 @@ pub(super) fn add_assign(dst: &mut Tensor, src: &Tensor) {
         let chunks = dst.par_chunks_mut(PARALLEL_ELEMENTS / 4).zip(src.par_chunks(PARALLEL_ELEMENTS / 4));
         chunks.for_each(|(d, s)| d.iter_mut().zip(s).for_each(|(d, s)| *d += s));
     }
+}
+
+pub(super) fn product(a: Columns<'_>, b: Columns<'_>, width: usize) -> Tensor {
+    let [mut y, b] = [a, b].map(|part| columns(part.of, part.first..part.first + width).to_f32());
+    for_rows(&mut y, width, |r, row| row.iter_mut().zip(&b[r * width..]).for_each(|(y, b)| *y *= b));
+    tensor(y, &[a.of.rows_cols().0, width])
+}
+
+pub(super) fn short_conv(x: &Tensor, index: &Tensor, w: &Tensor) -> Tensor {
+    let (index, h, x, w) = (u32s(index), x.rows_cols().1, x.f32s(), w.f32s());
+    let taps = w.len() / h.max(1);
+    let n = index.len() / taps.max(1);
+    let mut y = vec![0.0; n * h];
+    for_rows(&mut y, h, |r, row| {
+        for k in (0..taps).filter(|k| index[k * n + r] != u32::MAX) {
+            let x = &x[index[k * n + r] as usize * h..][..h];
+            row.iter_mut().zip(x).enumerate().for_each(|(c, (y, x))| *y += w[c * taps + k] * x);
+        }
+    });
+    tensor(y, &[n, h])
+}
+
+/// `f` of every element.
+pub(super) fn map(x: &Tensor, f: impl Fn(f32) -> f32 + Sync) -> Tensor {
+    let mut y = x.to_f32();
+    for_rows(&mut y, x.rows_cols().1, |_, row| row.iter_mut().for_each(|v| *v = f(*v)));
+    tensor(y, x.shape())
 }
 
 pub(super) fn add_to_each_row(y: &mut [f32], bias: &[f32]) {

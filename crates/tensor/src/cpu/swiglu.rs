@@ -1,4 +1,4 @@
-//! SwiGLU: `silu(gate) * up`.
+//! Gated activations: SwiGLU, `silu(gate) * up`, and GEGLU, `gelu(gate) * up`.
 
 use super::rows::for_rows;
 use super::simd::{sigmoid, vectorised};
@@ -6,12 +6,30 @@ use super::tensor;
 use crate::Tensor;
 
 pub(super) fn forward(gate_up: &Tensor) -> Tensor {
+    gated(gate_up, |y, gate, up| {
+        vectorised(|| y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = u * (g * sigmoid(*g))));
+    })
+}
+
+/// GELU by its tanh approximation (Hendrycks and Gimpel, 2016), as `x sigmoid(2 z)`, which `x (1 + tanh z) / 2` is.
+pub(super) fn geglu(gate_up: &Tensor) -> Tensor {
+    gated(gate_up, |y, gate, up| {
+        vectorised(|| {
+            for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+                *y = u * (g * sigmoid(1.595_769 * (g + 0.044_715 * g * g * g)));
+            }
+        });
+    })
+}
+
+/// Rows of what `f` makes of gate and up.
+fn gated(gate_up: &Tensor, f: impl Fn(&mut [f32], &[f32], &[f32]) + Sync) -> Tensor {
     let (rows, width) = gate_up.rows_cols();
     let (values, n) = (gate_up.f32s(), width / 2);
     let mut y = vec![0.0; rows * n];
     for_rows(&mut y, n, |r, y| {
         let (gate, up) = values[r * width..][..width].split_at(n);
-        vectorised(|| y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = u * (g * sigmoid(*g))));
+        f(y, gate, up);
     });
     tensor(y, &[rows, n])
 }

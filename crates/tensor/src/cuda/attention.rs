@@ -87,6 +87,10 @@ impl<'a> Call<'a> {
             let why = format!("heads of {dim} elements; there are kernels for {known:?}");
             return Err(Error::Unsupported { op: "attention", why });
         };
+        if inputs.cap.is_some() {
+            let why = "scores with a soft cap; use a target without, or device = \"cpu\"".to_owned();
+            return Err(Error::Unsupported { op: "attention", why });
+        }
         if inputs.extras.len() > MAX_EXTRAS {
             let why = format!("{} extra keys per query, at most {MAX_EXTRAS}", inputs.extras.len());
             return Err(Error::Unsupported { op: "attention", why });

@@ -22,7 +22,8 @@ pub(crate) use stored::Stored;
 pub use units::units;
 
 use crate::kernels::{
-    AdamStep, AdamTensor, AddedRows, AttentionInputs, Kernels, Rotation, RowLoss, SoftTargets, VocabStats,
+    AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, Kernels, Rotation, RowLoss, SoftTargets,
+    VocabStats,
 };
 use crate::{DType, Later, Result, Tensor};
 
@@ -108,6 +109,21 @@ impl Kernels for Cuda {
     }
     fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
         norm::swiglu_backward(dy, gate_up)
+    }
+    fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {
+        norm::geglu(gate_up)
+    }
+    fn product(&self, a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor> {
+        rows::product(a, b, width)
+    }
+    fn short_conv(&self, x: &Tensor, index: &Tensor, w: &Tensor) -> Result<Tensor> {
+        rows::short_conv(x, index, w)
+    }
+    fn scale(&self, x: &Tensor, factor: f32) -> Result<Tensor> {
+        rows::map(x, ["scale_b", "scale_f"], factor)
+    }
+    fn soft_cap(&self, x: &Tensor, cap: f32) -> Result<Tensor> {
+        rows::map(x, ["soft_cap_b", "soft_cap_f"], cap)
     }
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         rows::add(a, b)

@@ -1,4 +1,4 @@
-//! RMSNorm, rotary embedding and SwiGLU.
+//! RMSNorm, rotary embedding and gated activations.
 
 use super::gemm::column_sum;
 use super::launch::{at, at_mut, gpu_of, in_bf16, output, row_blocks, run};
@@ -152,6 +152,14 @@ pub(super) fn rope_backward(
 }
 
 pub(super) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
+    gated(gate_up, "swiglu")
+}
+
+pub(super) fn geglu(gate_up: &Tensor) -> Result<Tensor> {
+    gated(gate_up, "geglu")
+}
+
+fn gated(gate_up: &Tensor, kernel: &'static str) -> Result<Tensor> {
     let x = in_bf16(gate_up)?;
     let (rows, width) = x.rows_cols();
     let n = width / 2;
@@ -159,7 +167,7 @@ pub(super) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     if rows * n > 0 {
         let (gate, ld) = (at(&x)?, width as i32);
         let args = args![at(&y)?, gate, gate + 2 * n as u64, rows as i32, n as i32, ld, ld, n as i32];
-        run(gpu_of(&x), &MLP, "swiglu", [row_blocks(rows, n), 1, 1], 256, args)?;
+        run(gpu_of(&x), &MLP, kernel, [row_blocks(rows, n), 1, 1], 256, args)?;
     }
     Ok(y)
 }

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use super::launch::{at, at_mut, elements, gpu_of, letter, output, row_blocks, run, typed};
+use super::launch::{at, at_mut, elements, gpu_of, in_bf16, letter, output, row_blocks, run, typed};
 use super::units::ROWS;
+use crate::kernels::Columns;
 use crate::{Later, Result, Tensor};
 
 pub(super) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -15,6 +16,47 @@ pub(super) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let y = output(a, a.dtype(), a.shape())?;
     let args = args![at(&y)?, at(a)?, at(b)?, a.len() as i64];
     run(gpu_of(a), &ROWS, "add_bb", [elements(a.len()), 1, 1], 256, args)?;
+    Ok(y)
+}
+
+pub(super) fn product(a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor> {
+    let (x, z) = (in_bf16(a.of)?, in_bf16(b.of)?);
+    let rows = x.rows_cols().0;
+    let y = output(&x, x.dtype(), &[rows, width])?;
+    if y.is_empty() {
+        return Ok(y);
+    }
+    let place = |t: &Tensor, first: usize| Ok::<_, crate::Error>(at(t)? + 2 * first as u64);
+    let (ldx, ldz) = (x.rows_cols().1 as i64, z.rows_cols().1 as i64);
+    let args = args![at(&y)?, place(&x, a.first)?, place(&z, b.first)?, rows as i32, width as i32, ldx, ldz];
+    run(gpu_of(&x), &ROWS, "product", [row_blocks(rows, width), 1, 1], 256, args)?;
+    Ok(y)
+}
+
+pub(super) fn short_conv(x: &Tensor, index: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let (x, w) = (in_bf16(x)?, in_bf16(w)?);
+    let h = x.rows_cols().1;
+    let taps = w.len() / h.max(1);
+    let n = index.len() / taps.max(1);
+    let y = output(&x, x.dtype(), &[n, h])?;
+    if y.is_empty() {
+        return Ok(y);
+    }
+    let args = args![at(&y)?, at(&x)?, at(index)?, at(&w)?, n as i32, h as i32, taps as i32];
+    run(gpu_of(&x), &ROWS, "short_conv", [row_blocks(n, h), 1, 1], 256, args)?;
+    Ok(y)
+}
+
+/// A kernel of one number on every element; of bfloat16, or of float32.
+pub(super) fn map(x: &Tensor, kernels: [&'static str; 2], number: f32) -> Result<Tensor> {
+    let x = if letter(x) == 'f' { x.clone() } else { in_bf16(x)? };
+    let y = output(&x, x.dtype(), x.shape())?;
+    if x.is_empty() {
+        return Ok(y);
+    }
+    let kernel = kernels[usize::from(letter(&x) == 'f')];
+    let args = args![at(&y)?, at(&x)?, x.len() as i64, number];
+    run(gpu_of(&x), &ROWS, kernel, [elements(x.len()), 1, 1], 256, args)?;
     Ok(y)
 }
 

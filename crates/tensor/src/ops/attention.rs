@@ -100,13 +100,8 @@ impl Tape<'_> {
     /// `softmax(scale · q kᵀ) v` over each query's base keys and extras, one softmax for all of them. A query that
     /// sees no key gives zeros. Nothing of size queries x keys is kept.
     pub fn attention(&self, a: &Attention<'_>) -> Result<Var> {
-        check(a)?;
-        let (query, base, extras) = (&a.query, a.base, extras_of(a.extras));
-        let qkv = [query.columns(), base.key.columns(), base.value.columns()];
-        let inputs = AttentionInputs { shape: a.shape, qkv, spans: a.spans, extras: &extras, sinks: None };
-        let (out, lse) = query.of.value().device().kernels().attention(&inputs)?;
-        let needed = self.any_needed(&[&query.of, &base.key.of, &base.value.of])
-            || a.extras.iter().any(|(kv, _)| self.any_needed(&[&kv.key.of, &kv.value.of]));
+        let (out, lse) = forward(a, None)?;
+        let (query, base, needed) = (&a.query, a.base, self.is_needed(a));
         Ok(self.record(out.clone(), needed, || {
             Box::new(Saved {
                 shape: a.shape,
@@ -119,14 +114,37 @@ impl Tape<'_> {
             })
         }))
     }
+
+    /// As [`Tape::attention`], of scores s that become `cap · tanh(s / cap)` (Gemma 2). It has no gradient.
+    pub fn attention_capped(&self, a: &Attention<'_>, cap: f32) -> Result<Var> {
+        if self.is_needed(a) {
+            return Err(Error::NoGradient { op: "attention_capped" });
+        }
+        Ok(self.input(forward(a, Some(cap))?.0))
+    }
+
+    /// Whether a gradient is wanted for anything that an attention reads.
+    fn is_needed(&self, a: &Attention<'_>) -> bool {
+        self.any_needed(&[&a.query.of, &a.base.key.of, &a.base.value.of])
+            || a.extras.iter().any(|(kv, _)| self.any_needed(&[&kv.key.of, &kv.value.of]))
+    }
+}
+
+/// Output and log-sum-exp, once the shapes are checked.
+fn forward(a: &Attention<'_>, cap: Option<f32>) -> Result<(Tensor, Tensor)> {
+    check(a)?;
+    let (query, base, extras) = (&a.query, a.base, extras_of(a.extras));
+    let qkv = [query.columns(), base.key.columns(), base.value.columns()];
+    let inputs = AttentionInputs { shape: a.shape, qkv, spans: a.spans, extras: &extras, sinks: None, cap };
+    query.of.value().device().kernels().attention(&inputs)
 }
 
 impl Backward for Saved {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
         let (query, base, extras) = (&self.query, &self.base, extras_of(&self.extras));
         let qkv = [query.columns(), base.key.columns(), base.value.columns()];
-        let inputs =
-            AttentionInputs { shape: self.shape, qkv, spans: &self.spans, extras: &extras, sinks: None };
+        let (shape, spans) = (self.shape, &self.spans);
+        let inputs = AttentionInputs { shape, qkv, spans, extras: &extras, sinks: None, cap: None };
         let out = [&self.out, &self.lse, &dy];
         let ([dq, dk, dv], dextras) = dy.device().kernels().attention_backward(&inputs, out)?;
         let mut add = |part: &Part, d| sink.add_columns(&part.of, part.first, d);

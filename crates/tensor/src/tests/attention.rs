@@ -33,7 +33,7 @@ pub(crate) fn kernel_forward(
     };
     let extras: Vec<Extra<'_>> = indices.iter().enumerate().map(extra).collect();
     let qkv = [0, 1, 2].map(|i| whole(&leaves[i]));
-    let inputs = AttentionInputs { shape, qkv, spans, extras: &extras, sinks };
+    let inputs = AttentionInputs { shape, qkv, spans, extras: &extras, sinks, cap: None };
     leaves[0].device().kernels().attention(&inputs)
 }
 
@@ -44,6 +44,18 @@ pub(crate) fn plain(
     leaves: &[Tensor],
     indices: &[Option<Tensor>],
     sinks: Option<&Tensor>,
+) -> [Vec<f32>; 2] {
+    plain_of(s, spans, leaves, indices, sinks, |score| score)
+}
+
+/// As [`plain`], of what `f` makes of the scores.
+pub(crate) fn plain_of(
+    s: AttentionShape,
+    spans: &Spans,
+    leaves: &[Tensor],
+    indices: &[Option<Tensor>],
+    sinks: Option<&Tensor>,
+    f: impl Fn(f64) -> f64,
 ) -> [Vec<f32>; 2] {
     let (width, kv) = (s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim);
     let values: Vec<Vec<f64>> =
@@ -58,7 +70,7 @@ pub(crate) fn plain(
                 &values[1 + 2 * source + tensor][j * kv + h * s.head_dim..][..s.head_dim]
             };
             let score = |key| q.iter().zip(row(0, key)).map(|(a, b)| a * b).sum::<f64>() * f64::from(s.scale);
-            let weights: Vec<f64> = seen.iter().map(|&key| score(key).exp()).collect();
+            let weights: Vec<f64> = seen.iter().map(|&key| f(score(key)).exp()).collect();
             let sink = sinks.map_or(0.0, |sinks| f64::from(sinks.f32s()[head]).exp());
             let sum = weights.iter().sum::<f64>() + sink;
             lse.push(sum.ln() as f32);

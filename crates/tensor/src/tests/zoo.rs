@@ -145,6 +145,7 @@ fn element_wise(n: usize) -> Named {
             }),
         ),
         ("swiglu", Op::new(vec![x(&[n, 100])], vec![], |t, v, _| t.swiglu(&v[0]))),
+        ("scale", Op::new(vec![x(&[n, 50])], vec![], |t, v, _| t.scale(&v[0], -1.7))),
         ("add", Op::new(vec![x(&[n, 50]), x(&[n, 50])], vec![], |t, v, _| t.add(&v[0], &v[1]))),
         ("add of a value to itself", Op::new(vec![x(&[n, 50])], vec![], |t, v, _| t.add(&v[0], &v[0]))),
     ]

@@ -86,6 +86,7 @@ fn measure(args: &Args, device: Device, spans: &Spans) -> Result<[Spread; 2]> {
         spans,
         extras: &extras,
         sinks: None,
+        cap: None,
     };
     let kernels = device.kernels();
     let forward = time(device, args.repeats, || Ok(kernels.attention(&inputs).map(drop)?))?;

@@ -6,10 +6,14 @@
 // e^-x overflows to infinity for very negative x, and the quotient is then zero, as it should be.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + exp2_fast(x * -1.4426950408889634f)); }
 
-// y = silu(gate) up.
-// Block 256; grid min(rows, ceil(rows * width / 2048)) (any grid is correct); no dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(256)
-    swiglu(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu, int ldy) {
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+// GELU by its tanh approximation: x (1 + tanh z) / 2 = x sigmoid(2 z).
+__device__ __forceinline__ float gelu(float x) { return x * sigmoid(1.5957691f * (x + 0.044715f * x * x * x)); }
+
+// y = f(gate) up.
+template <float (*F)(float)>
+__device__ __forceinline__ void gated(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu,
+                                      int ldy) {
   const bool wide = (width | ldg | ldu | ldy) % 8 == 0 && aligned(gate, up) && aligned(y);
   for_columns(rows, width, wide, [&](i64 r, int c, auto w) {
     constexpr int V = decltype(w)::value;
@@ -17,9 +21,20 @@ extern "C" __global__ void __launch_bounds__(256)
     load(gate + r * ldg + c, g);
     load(up + r * ldu + c, u);
 #pragma unroll
-    for (int i = 0; i < V; ++i) u[i] *= g[i] * sigmoid(g[i]);
+    for (int i = 0; i < V; ++i) u[i] *= F(g[i]);
     store(y + r * ldy + c, u);
   });
+}
+
+// SwiGLU and GEGLU.
+// Block 256; grid min(rows, ceil(rows * width / 2048)) (any grid is correct); no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(256)
+    swiglu(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu, int ldy) {
+  gated<silu>(y, gate, up, rows, width, ldg, ldu, ldy);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    geglu(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu, int ldy) {
+  gated<gelu>(y, gate, up, rows, width, ldg, ldu, ldy);
 }
 
 // With s = sigmoid(gate): dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, and y = gate s up again unless null.

@@ -56,6 +56,50 @@ KERNEL add_bb(bf16* y, const bf16* a, const bf16* b, i64 n) {
   });
 }
 
+// y = a b over rows of `width`, y dense.
+KERNEL product(bf16* y, const bf16* a, const bf16* b, int rows, int width, i64 lda, i64 ldb) {
+  const bool wide = (width | lda | ldb) % 8 == 0 && aligned(a, b) && aligned(y);
+  for_columns(rows, width, wide, [&](i64 r, int c, auto w) {
+    constexpr int V = decltype(w)::value;
+    float u[V], v[V];
+    load(a + r * lda + c, u);
+    load(b + r * ldb + c, v);
+#pragma unroll
+    for (int k = 0; k < V; ++k) u[k] *= v[k];
+    store(y + r * width + c, u);
+  });
+}
+
+// y[r, c] = sum over k of w[c, k] x[index[k, r], c]; 0xffffffff names a row of zeros.
+KERNEL short_conv(bf16* y, const bf16* x, const u32* index, const bf16* w, int rows, int width, int taps) {
+  for_columns(rows, width, false, [&](i64 r, int c, auto) {
+    float sum = 0.f;
+    for (int k = 0; k < taps; ++k) {
+      const u32 from = index[(i64)k * rows + r];
+      if (from != 0xffffffffu) sum = fmaf(to_float(w[c * taps + k]), to_float(x[(i64)from * width + c]), sum);
+    }
+    store(y + r * width + c, sum);
+  });
+}
+
+// y = f(x, number); y may be x.
+#define MAP(name, T, F)                                                          \
+  KERNEL name(T* y, const T* x, i64 n, float number) {                           \
+    for_elements(n, aligned(x, y), [&](i64 i, auto w) {                          \
+      constexpr int V = decltype(w)::value;                                      \
+      float v[V];                                                                \
+      load(x + i, v);                                                            \
+      _Pragma("unroll") for (int k = 0; k < V; ++k) v[k] = F(v[k], number);      \
+      store(y + i, v);                                                           \
+    });                                                                          \
+  }
+__device__ __forceinline__ float times(float x, float factor) { return factor * x; }
+__device__ __forceinline__ float soft_capped(float x, float cap) { return cap * tanhf(x / cap); }
+MAP(scale_b, bf16, times)
+MAP(scale_f, float, times)
+MAP(soft_cap_b, bf16, soft_capped)
+MAP(soft_cap_f, float, soft_capped)
+
 // dst += src, one rounding.
 #define ADD_ASSIGN(name, D, S)                                                                                \
   KERNEL name(D* dst, const S* src, i64 n) {                                                                  \

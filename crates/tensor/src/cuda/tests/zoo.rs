@@ -4,7 +4,7 @@ use specforge_testkit::Lcg;
 
 use super::{all_bits, assert_near, check, device, on_both};
 use crate::tests::zoo::TREE;
-use crate::tests::{Op, matrix, normal, rows, zoo};
+use crate::tests::{Op, documents, frozen, heads, matrix, normal, rows, zoo};
 use crate::{DType, Device, Result, Rope, Tape, Tensor, Var, Weight};
 
 #[test]
@@ -114,6 +114,20 @@ fn cuda_swiglu_agrees_at_every_width() {
     let gate = (-150..150).map(|i| i as f32).chain((0..300).map(|i| (i as f32).cos()));
     let op = Op::new(vec![matrix(gate.collect(), &[1, 600])], vec![], |t, v, _| t.swiglu(&v[0]));
     check("far out", &op, device, DType::Bf16);
+}
+
+#[test]
+fn cuda_operations_of_frozen_targets_agree() {
+    let Some(device) = device() else { return };
+    for (name, op) in frozen::element_wise() {
+        let [here, there] = on_both(&op, device, DType::Bf16);
+        assert_near(name, &there.value(), &here.value());
+    }
+    let leaves = ["query", "key", "value"].map(|_| matrix(vec![1.0; 32], &[2, 16]));
+    let leaves: Vec<Tensor> = leaves.iter().map(|t| t.to_device(device).unwrap()).collect();
+    let error = frozen::capped(heads(1, 1, 16), documents(&[2], 2), leaves, vec![], 1.0).try_value();
+    let message = "attention on a CUDA device: scores with a soft cap; use a target without";
+    assert!(error.unwrap_err().to_string().starts_with(message));
 }
 
 #[test]
