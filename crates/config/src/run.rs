@@ -130,7 +130,7 @@ pub enum TargetDType {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct DataConfig {
-    /// JSONL or JSON files, at least one.
+    /// JSONL or JSON files (plain, gzip or zstd) and Parquet files, at least one; the content says which, not the name.
     pub conversations: Vec<PathBuf>,
     /// What the rows are.
     pub format: DataFormat,

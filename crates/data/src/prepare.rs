@@ -118,7 +118,7 @@ fn detect(path: &Path, on_error: OnError) -> Result<RowFormat> {
     let mut first = None;
     for record in Records::open(path, None)? {
         let record = record?;
-        let problem = match parse_object(&record.bytes) {
+        let problem = match record.row.and_then(|bytes| parse_object(&bytes)) {
             Ok(row) => {
                 if let Some(format) = RowFormat::of(&row) {
                     return Ok(format);
@@ -263,8 +263,10 @@ impl Run<'_> {
             if chunk.is_empty() {
                 break;
             }
-            let encoded: Vec<_> =
-                chunk.par_iter().map(|record| encoder.encode(&record.bytes, format)).collect();
+            let encoded: Vec<_> = chunk
+                .par_iter()
+                .map(|record| encoder.encode(record.row.as_deref().map_err(Clone::clone)?, format))
+                .collect();
             for (record, row) in chunk.iter().zip(encoded) {
                 self.take(path, record.line, row, writer, report)?;
             }
@@ -321,7 +323,7 @@ fn read_chunk(records: &mut Records, limit: u64) -> Result<Vec<Record>> {
     let mut bytes = 0;
     while chunk.len() < CHUNK_ROWS && bytes < CHUNK_BYTES && (chunk.len() as u64) < limit {
         let Some(record) = records.next().transpose()? else { break };
-        bytes += record.bytes.len();
+        bytes += record.row.as_ref().map_or(0, Vec::len);
         chunk.push(record);
     }
     Ok(chunk)

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod fixture;
+mod formats;
 mod golden_mask;
 mod golden_vocab;
 mod prepared;
