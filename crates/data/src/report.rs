@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Counts over a whole preparation. Stored in the manifest, so that a cached set tells the same story.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Report {
     /// Rows read from the input files.
     pub rows_read: u64,
@@ -19,6 +20,10 @@ pub struct Report {
     pub truncated: u64,
     /// Rows of which messages were left out because the roles were out of order.
     pub conversations_cut: u64,
+    /// Rows read but not used, because the weight of their source left them out.
+    pub not_drawn: u64,
+    /// Copies among the kept rows, because of a weight above 1.
+    pub repeated: u64,
     /// Tokens in the kept rows.
     pub tokens: u64,
     /// Supervised tokens in the kept rows.
@@ -53,6 +58,8 @@ pub enum DropReason {
     NothingSupervised,
     /// Some, but fewer supervised tokens than the minimum.
     TooFewSupervised,
+    /// The same tokens and mask as an earlier row.
+    Duplicate,
 }
 
 /// How the supervised part of a row was found.
@@ -123,7 +130,8 @@ impl Report {
 
     pub(crate) fn drop_row(&mut self, dropped: Dropped) {
         *self.dropped.entry(dropped.reason).or_default() += 1;
-        if self.examples.len() < Self::EXAMPLES {
+        // Duplicates would leave no place for what is worth a look.
+        if self.examples.len() < Self::EXAMPLES && dropped.reason != DropReason::Duplicate {
             self.examples.push(dropped);
         }
     }
@@ -155,7 +163,10 @@ impl DropReason {
     /// Whether the row itself is at fault (then `on-error` decides); the others are filters that the
     /// settings ask for.
     pub fn is_error(self) -> bool {
-        !matches!(self, Self::NoUsableTurn | Self::NothingSupervised | Self::TooFewSupervised)
+        !matches!(
+            self,
+            Self::NoUsableTurn | Self::NothingSupervised | Self::TooFewSupervised | Self::Duplicate
+        )
     }
 }
 
@@ -170,6 +181,7 @@ impl fmt::Display for DropReason {
             Self::NoUsableTurn => "no usable turn",
             Self::NothingSupervised => "no supervised token",
             Self::TooFewSupervised => "too few supervised tokens",
+            Self::Duplicate => "the same as an earlier row",
         })
     }
 }

@@ -8,6 +8,7 @@ mod golden_mask;
 mod golden_vocab;
 mod prepared;
 mod prompts;
+mod sources;
 mod template;
 mod tokenizer;
 mod vocab;
