@@ -20,6 +20,8 @@ pub struct Report {
     pub truncated: u64,
     /// Rows of which messages were left out because the roles were out of order.
     pub conversations_cut: u64,
+    /// Rows kept in which the assistant answers with nothing.
+    pub empty_answers: u64,
     /// Rows read but not used, because the weight of their source left them out.
     pub not_drawn: u64,
     /// Copies among the kept rows, because of a weight above 1.
@@ -110,6 +112,11 @@ pub enum Warning {
         /// The header looked for.
         header: String,
     },
+    /// The assistant answers with nothing, and the draft learns to end there at once.
+    EmptyAnswers {
+        /// Rows with such a turn.
+        rows: u64,
+    },
     /// No end-of-turn token is supervised: the draft will not learn when an answer ends.
     EndOfTurnNotSupervised,
 }
@@ -154,6 +161,9 @@ impl Report {
         }
         if self.supervised_tokens > 0 && self.supervised_end_tokens == 0 && has_end_tokens {
             warnings.push(Warning::EndOfTurnNotSupervised);
+        }
+        if self.empty_answers > 0 {
+            warnings.push(Warning::EmptyAnswers { rows: self.empty_answers });
         }
         self.warnings = warnings;
     }
@@ -211,6 +221,12 @@ impl fmt::Display for Warning {
             ),
             Self::HeaderNeverFound { header } => {
                 write!(f, "the assistant header {header:?} leads to a supervised token in no row")
+            }
+            Self::EmptyAnswers { rows } => {
+                write!(
+                    f,
+                    "rows with an assistant turn that says nothing: {rows}; the draft learns to end there at once"
+                )
             }
             Self::EndOfTurnNotSupervised => f.write_str(
                 "no end-of-turn token is supervised: the draft will not learn when an answer ends",

@@ -179,6 +179,7 @@ impl Run<'_> {
         report.rows_kept += 1;
         report.truncated += u64::from(row.truncated);
         report.conversations_cut += u64::from(row.cut);
+        report.empty_answers += u64::from(row.silent);
         report.tokens += row.ids.len() as u64;
         report.supervised_tokens += supervised().count() as u64;
         report.supervised_end_tokens +=

@@ -72,7 +72,7 @@ fn a_template_that_raises_names_the_row() {
         &fixture,
         row("bad", "x").trim_end(),
         DropReason::Template,
-        "not this (line 1 of the template)",
+        "not this (line 1 of the template in tokenizer_config.json)",
     );
 }
 

@@ -214,6 +214,15 @@ fn suspicious_masks_are_reported() {
 }
 
 #[test]
+fn empty_answers_are_counted() {
+    let fixture = Fixture::new();
+    let content = many(3) + &row("hello", " \n") + &row("hello", "");
+    let set = quiet(&fixture.config("in.jsonl", content)).unwrap();
+    assert_eq!((set.len(), set.report().empty_answers), (5, 2));
+    assert!(set.report().warnings.contains(&Warning::EmptyAnswers { rows: 2 }));
+}
+
+#[test]
 fn a_wrong_template_name_is_explained() {
     let fixture = Fixture::new();
     let mut config = fixture.config("in.jsonl", many(3));
