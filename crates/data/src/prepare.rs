@@ -106,13 +106,12 @@ pub fn prepare(config: &PrepareConfig, progress: &dyn Fn(u64, u64)) -> Result<Pr
 fn check(config: &PrepareConfig) -> Result<()> {
     let setting =
         |name, expected, got: &dyn ToString| Err(Error::Setting { name, expected, got: got.to_string() });
+    let mut weights = config.inputs.iter().map(|source| source.weight);
+    if let Some(weight) = weights.find(|weight| !(0.0..=1000.0).contains(weight)) {
+        return setting("weight", "from 0 to 1000", &weight);
+    }
     match config {
         PrepareConfig { inputs, .. } if inputs.is_empty() => setting("inputs", "at least one file", &"empty"),
-        PrepareConfig { inputs, .. }
-            if !inputs.iter().all(|source| (0.0..=1000.0).contains(&source.weight)) =>
-        {
-            setting("weight", "from 0 to 1000", &"another weight")
-        }
         PrepareConfig { max_length, .. } if !(2..=u32::MAX as usize).contains(max_length) => {
             setting("max_length", "at least 2 tokens", max_length)
         }

@@ -43,6 +43,19 @@ fn a_weight_below_one_draws_and_one_above_repeats() {
     assert_ne!(weighted(&fixture, 20, 2.0, 1).key(), weighted(&fixture, 20, 1.0, 1).key());
 }
 
+#[test]
+fn a_weight_out_of_range_is_named() {
+    let fixture = Fixture::new();
+    let mut config = fixture.config("in.jsonl", many(1));
+    for (weight, got) in [(-1.0, "-1"), (f64::NAN, "NaN"), (1e9, "1000000000")] {
+        config.inputs[0].weight = weight;
+        assert_eq!(
+            quiet(&config).unwrap_err().to_string(),
+            format!("weight is {got}, expected from 0 to 1000")
+        );
+    }
+}
+
 /// Neither the order of the rows nor the division into files decides what is drawn.
 #[test]
 fn the_draw_is_by_content() {
