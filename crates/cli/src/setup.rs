@@ -78,6 +78,9 @@ pub(crate) fn prepared(plan: &RunPlan) -> Result<Arc<Prepared>> {
     for (reason, count) in &report.dropped {
         note!("          {count} dropped: {reason}");
     }
+    if report.not_drawn + report.repeated > 0 {
+        note!("          {} left out and {} repeated by weight", report.not_drawn, report.repeated);
+    }
     report.warnings.iter().for_each(|warning| note!("warning: {warning}"));
     Ok(Arc::new(prepared))
 }

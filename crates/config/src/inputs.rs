@@ -18,9 +18,6 @@ impl Recipe {
             }
         };
         need("target.path", &plan.target.path, true);
-        for path in &plan.data.conversations {
-            need("data.conversations", path, false);
-        }
         if let Some(path) = &plan.data.template.table {
             need("data.template.table", path, false);
         }
@@ -29,6 +26,15 @@ impl Recipe {
         }
         if let Some(path) = &plan.eval.prompts {
             need("eval.prompts", path, false);
+        }
+        for source in &plan.data.conversations {
+            match source.files() {
+                Ok(_) => {}
+                Err(specforge_data::Error::Io(_)) => {
+                    problems.push(self.absent("data.conversations", &source.path, false));
+                }
+                Err(error) => problems.push(self.problem("data.conversations", error.to_string(), None)),
+            }
         }
         sort(&mut problems);
         if problems.is_empty() {
@@ -40,11 +46,11 @@ impl Recipe {
     fn absent(&self, key: &str, path: &Path, folder: bool) -> Problem {
         let kind = if folder { "folder" } else { "file" };
         let hint = "relative paths start at the current directory; run from the repository root for the shipped recipes";
-        Problem {
-            key: key.to_owned(),
-            place: self.provenance.place(key).cloned(),
-            message: format!("`{key}`: there is no {kind} {}", path.display()),
-            hint: Some(hint.to_owned()),
-        }
+        let message = format!("`{key}`: there is no {kind} {}", path.display());
+        self.problem(key, message, Some(hint.to_owned()))
+    }
+
+    fn problem(&self, key: &str, message: String, hint: Option<String>) -> Problem {
+        Problem { key: key.to_owned(), place: self.provenance.place(key).cloned(), message, hint }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use specforge_data::{OnError, PrepareConfig, RowFormat, TemplateOptions};
+use specforge_data::{OnError, PrepareConfig, RowFormat, Source, TemplateOptions};
 use specforge_methods::MethodConfig;
 use specforge_nn::optimizer::AdamWConfig;
 use specforge_nn::schedule::ScheduleConfig;
@@ -60,8 +60,8 @@ pub struct TargetPlan {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DataPlan {
-    /// Files, in order.
-    pub conversations: Vec<PathBuf>,
+    /// Files, folders and patterns, in order.
+    pub conversations: Vec<Source>,
     /// What the rows are; `None`: the first row of each file decides.
     pub format: Option<RowFormat>,
     /// The chat template.
@@ -72,6 +72,9 @@ pub struct DataPlan {
     pub min_supervised: usize,
     /// Supervise the last assistant turn alone.
     pub last_turn_only: bool,
+    /// Leave out rows that are equal to an earlier one.
+    #[serde(default)]
+    pub deduplicate: bool,
     /// What to do about a row that cannot be used.
     pub on_error: OnError,
     /// Read at most this many rows.
@@ -177,6 +180,7 @@ impl RunPlan {
             max_length,
             min_supervised,
             last_turn_only,
+            deduplicate,
             on_error,
             max_rows,
             eval_fraction: _,
@@ -184,6 +188,8 @@ impl RunPlan {
         } = self.data.clone();
         PrepareConfig {
             inputs: conversations,
+            seed: self.seed,
+            deduplicate,
             target: self.target.path.clone(),
             template,
             format,

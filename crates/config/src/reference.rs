@@ -135,7 +135,7 @@ fn kind(rust: &str) -> &'static str {
         "usize" | "u64" | "u32" => "whole number",
         "PathBuf" => "path",
         "String" => "text",
-        "Vec<PathBuf>" => "list of paths",
+        "Vec<Source>" => "list of paths or of `{ path, weight }`",
         "Vec<usize>" => "list of whole numbers",
         "[f64; 2]" => "two numbers",
         "Map<String, serde_json::Value>" => "table",

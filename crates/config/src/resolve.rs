@@ -5,7 +5,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use specforge_data::RowFormat;
+use specforge_data::{RowFormat, Source};
 use specforge_methods::MethodConfig;
 use specforge_nn::optimizer;
 use specforge_store::Encoding;
@@ -121,6 +121,7 @@ fn data_plan(data: DataConfig, output_dir: &Path, check: &mut Check<'_>) -> Data
         max_length,
         min_supervised,
         last_turn_only,
+        deduplicate,
         on_error,
         max_rows,
         eval_fraction,
@@ -140,12 +141,13 @@ fn data_plan(data: DataConfig, output_dir: &Path, check: &mut Check<'_>) -> Data
     }
     template.table = template.table.map(|path| check.path(path));
     DataPlan {
-        conversations: conversations.into_iter().map(|path| check.path(path)).collect(),
+        conversations: conversations.into_iter().map(|source| check.source(source)).collect(),
         format: row_format(format),
         template,
         max_length,
         min_supervised,
         last_turn_only,
+        deduplicate,
         on_error,
         max_rows,
         eval_fraction,
@@ -308,6 +310,15 @@ impl Check<'_> {
     fn path(&self, path: PathBuf) -> PathBuf {
         let absolute = self.directory.join(path);
         absolute.components().filter(|part| *part != Component::CurDir).collect()
+    }
+
+    fn source(&mut self, Source { path, weight }: Source) -> Source {
+        if !(0.0..=1000.0).contains(&weight) || weight == 0.0 {
+            let message =
+                format!("weight of {}: expected more than 0, at most 1000, got {weight}", path.display());
+            self.fail("data.conversations", message, None);
+        }
+        Source { path: self.path(path), weight }
     }
 
     fn fail(&mut self, key: &str, message: String, hint: Option<&str>) {

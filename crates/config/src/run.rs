@@ -7,7 +7,7 @@ mod training;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use specforge_data::{OnError, TemplateOptions};
+use specforge_data::{OnError, Source, TemplateOptions};
 use specforge_methods::MethodConfig;
 use specforge_store::Encoding;
 
@@ -130,8 +130,11 @@ pub enum TargetDType {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct DataConfig {
-    /// JSONL or JSON files, at least one.
-    pub conversations: Vec<PathBuf>,
+    /// JSONL or JSON files (plain, gzip or zstd) and Parquet files, at least one; the content says which, not the name.
+    /// Also folders of such files (without the splits for testing where there is one for training), patterns with `*`,
+    /// `?` and `**`, and `{ path = "...", weight = 0.5 }`: a weight below 1 uses that share of the rows, drawn by `seed`
+    /// and content; one above 1 repeats rows.
+    pub conversations: Vec<Source>,
     /// What the rows are.
     pub format: DataFormat,
     /// The chat template; without a name it is the target's own.
@@ -142,6 +145,8 @@ pub struct DataConfig {
     pub min_supervised: usize,
     /// Supervise the last assistant turn alone.
     pub last_turn_only: bool,
+    /// Leave out rows whose tokens and loss mask are those of an earlier row.
+    pub deduplicate: bool,
     /// What to do about a row that cannot be used.
     pub on_error: OnError,
     /// Read at most this many rows; absent: all.
@@ -161,6 +166,7 @@ impl Default for DataConfig {
             max_length: 2048,
             min_supervised: 1,
             last_turn_only: false,
+            deduplicate: false,
             on_error: OnError::Stop,
             max_rows: None,
             eval_fraction: 0.05,

@@ -135,6 +135,13 @@ impl Message {
     pub(crate) fn is_assistant(&self) -> bool {
         self.role.starts_with("assistant")
     }
+
+    /// Whether it is a turn of the model without text, thought or call.
+    pub(crate) fn is_silent(&self) -> bool {
+        let thought = self.reasoning_content.as_deref().unwrap_or_default();
+        let calls = self.tool_calls.as_deref().unwrap_or_default();
+        self.is_assistant() && self.content.trim().is_empty() && thought.trim().is_empty() && calls.is_empty()
+    }
 }
 
 /// Whether a turn of `role` may come right after one of `previous`.

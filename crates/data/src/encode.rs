@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::conversation::{RowError, kind, malformed};
+use crate::conversation::{Message, RowError, kind, malformed};
 use crate::mask::{loss_mask, supervised};
 use crate::named::Spans;
 use crate::report::{DropReason, SpanSource};
@@ -43,6 +43,8 @@ pub(crate) struct EncodedRow {
     pub(crate) truncated: bool,
     /// Messages were left out.
     pub(crate) cut: bool,
+    /// The assistant says nothing in one of its turns.
+    pub(crate) silent: bool,
 }
 
 /// What is needed to encode rows.
@@ -89,6 +91,7 @@ impl Encoder<'_> {
         let rendered = template.render_row(&conversation)?;
         let mut encoded = self.encode_text(&rendered.text, &rendered.spans, rendered.source)?;
         encoded.cut = cut;
+        encoded.silent = conversation.messages.iter().any(Message::is_silent);
         Ok(encoded)
     }
 
@@ -108,7 +111,7 @@ impl Encoder<'_> {
             .encode(text)
             .map_err(|error| RowError { reason: DropReason::Tokenizer, message: error.to_string() })?;
         let loss_mask = loss_mask(text, &encoded.offsets, spans, self.options.last_turn_only);
-        Ok(EncodedRow { ids: encoded.ids, loss_mask, source, truncated: false, cut: false })
+        Ok(EncodedRow { ids: encoded.ids, loss_mask, source, truncated: false, cut: false, silent: false })
     }
 
     fn check(&self, row: &EncodedRow) -> Result<(), RowError> {
@@ -169,7 +172,7 @@ fn given(row: &Map<String, Value>, last_turn_only: bool) -> Result<EncodedRow, R
         let before = loss_mask[..end].iter().rposition(|&bit| bit == 0).map_or(0, |last| last + 1);
         loss_mask[..before].fill(0);
     }
-    Ok(EncodedRow { ids, loss_mask, source: SpanSource::Given, truncated: false, cut: false })
+    Ok(EncodedRow { ids, loss_mask, source: SpanSource::Given, truncated: false, cut: false, silent: false })
 }
 
 /// A list of integers (or truth values) that fit the type.

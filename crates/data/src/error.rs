@@ -21,7 +21,7 @@ pub enum Error {
     Row {
         /// The input file.
         path: PathBuf,
-        /// Line in that file, from 1 (for a JSON array: the line where the element starts).
+        /// Line in that file, from 1 (for a JSON array: the line where the element starts; for Parquet: the row).
         line: u64,
         /// The class of the problem.
         reason: DropReason,
@@ -45,6 +45,15 @@ pub enum Error {
         /// Line in that file, from 1.
         line: u64,
         /// What was found.
+        message: String,
+    },
+
+    /// An input file is something else than rows of JSON or Parquet, or its end is missing.
+    #[error("{path}: {message}", path = path.display())]
+    Unreadable {
+        /// The input file.
+        path: PathBuf,
+        /// What it is, and what to do.
         message: String,
     },
 

@@ -11,6 +11,8 @@ use crate::python_json;
 /// A compiled chat template.
 pub(crate) struct Jinja {
     environment: Environment<'static>,
+    /// The file that it comes from.
+    file: &'static str,
     generation_blocks: bool,
 }
 
@@ -27,12 +29,13 @@ const MAX_OUTPUT: usize = 64 << 20;
 const NAME: &str = "chat_template";
 
 impl Jinja {
-    /// Compiles `source`; the message of the error has the line of the template.
-    pub(crate) fn compile(source: &str, today: Date) -> Result<Self, String> {
+    /// Compiles `source`, which stands in `file`; the message of an error names both file and line.
+    pub(crate) fn compile(source: &str, file: &'static str, today: Date) -> Result<Self, String> {
+        let describe = |error: &Error| describe(error, file, "");
         let (source, generation_blocks) = mark_generation_blocks(source);
         let mut environment = environment(today).map_err(|error| describe(&error))?;
         environment.add_template_owned(NAME, source).map_err(|error| describe(&error))?;
-        Ok(Self { environment, generation_blocks })
+        Ok(Self { environment, file, generation_blocks })
     }
 
     /// Whether the template itself says which text the assistant generates.
@@ -42,11 +45,12 @@ impl Jinja {
 
     /// Renders with the given variables. The text holds the generation marks if the template has such blocks.
     pub(crate) fn render(&self, variables: Value) -> Result<String, String> {
-        let template = self.environment.get_template(NAME).map_err(|error| describe(&error))?;
+        let found = self.environment.get_template(NAME);
+        let template = found.map_err(|error| describe(&error, self.file, ""))?;
         let mut output = Bounded(Vec::new());
         match template.render_captured_to(variables, &mut output) {
             Ok(_) => String::from_utf8(output.0).map_err(|error| error.to_string()),
-            Err(error) => Err(describe(&error)),
+            Err(error) => Err(describe(&error, self.file, template.source())),
         }
     }
 }
@@ -104,8 +108,8 @@ fn mark_generation_blocks(source: &str) -> (String, bool) {
     (marked, found)
 }
 
-/// The message a user needs: what was raised, and at which line of the template.
-fn describe(error: &Error) -> String {
+/// The message a user needs: what was raised, and at which line of which template.
+fn describe(error: &Error, file: &str, source: &str) -> String {
     let message = match error.detail() {
         Some(detail) if error.kind() == ErrorKind::InvalidOperation => detail.to_owned(),
         Some(detail) => format!("{}: {detail}", error.kind()),
@@ -114,11 +118,15 @@ fn describe(error: &Error) -> String {
     let message = match error.kind() {
         ErrorKind::OutOfFuel => "the template does not come to an end (out of fuel)".to_owned(),
         ErrorKind::WriteFailure => format!("the template gives more than {MAX_OUTPUT} bytes for one row"),
+        ErrorKind::UndefinedError => match error.range().and_then(|range| source.get(range)) {
+            Some(expression) => format!("{message}: `{expression}`"),
+            None => message,
+        },
         _ => message,
     };
     match error.line() {
-        Some(line) => format!("{message} (line {line} of the template)"),
-        None => message,
+        Some(line) => format!("{message} (line {line} of the template in {file})"),
+        None => format!("{message} (the template in {file})"),
     }
 }
 

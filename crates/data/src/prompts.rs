@@ -36,11 +36,11 @@ pub fn read_prompts(
     let layout = (!json).then_some(Layout::Lines);
     let mut prompts = Vec::new();
     for record in Records::open(path, layout)? {
-        let Record { line, bytes } = record?;
-        if bytes.is_empty() && !json {
+        let Record { line, row } = record?;
+        if !json && row.as_ref().is_ok_and(Vec::is_empty) {
             continue;
         }
-        let prompt = if json { reader.json(&bytes) } else { reader.plain(&bytes) };
+        let prompt = row.and_then(|bytes| if json { reader.json(&bytes) } else { reader.plain(&bytes) });
         let prompt = prompt.map_err(|RowError { reason, message }| Error::Row {
             path: path.to_path_buf(),
             line,
@@ -64,7 +64,7 @@ fn is_json(path: &Path) -> Result<bool> {
         _ => {}
     }
     let Some(first) = Records::open(path, Some(Layout::Lines))?.next().transpose()? else { return Ok(false) };
-    Ok(parse_object(&first.bytes).is_ok())
+    Ok(first.row.is_ok_and(|bytes| parse_object(&bytes).is_ok()))
 }
 
 struct PromptReader<'a> {

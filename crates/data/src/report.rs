@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Counts over a whole preparation. Stored in the manifest, so that a cached set tells the same story.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Report {
     /// Rows read from the input files.
     pub rows_read: u64,
@@ -19,6 +20,12 @@ pub struct Report {
     pub truncated: u64,
     /// Rows of which messages were left out because the roles were out of order.
     pub conversations_cut: u64,
+    /// Rows kept in which the assistant answers with nothing.
+    pub empty_answers: u64,
+    /// Rows read but not used, because the weight of their source left them out.
+    pub not_drawn: u64,
+    /// Copies among the kept rows, because of a weight above 1.
+    pub repeated: u64,
     /// Tokens in the kept rows.
     pub tokens: u64,
     /// Supervised tokens in the kept rows.
@@ -53,6 +60,8 @@ pub enum DropReason {
     NothingSupervised,
     /// Some, but fewer supervised tokens than the minimum.
     TooFewSupervised,
+    /// The same tokens and mask as an earlier row.
+    Duplicate,
 }
 
 /// How the supervised part of a row was found.
@@ -103,6 +112,11 @@ pub enum Warning {
         /// The header looked for.
         header: String,
     },
+    /// The assistant answers with nothing, and the draft learns to end there at once.
+    EmptyAnswers {
+        /// Rows with such a turn.
+        rows: u64,
+    },
     /// No end-of-turn token is supervised: the draft will not learn when an answer ends.
     EndOfTurnNotSupervised,
 }
@@ -123,7 +137,8 @@ impl Report {
 
     pub(crate) fn drop_row(&mut self, dropped: Dropped) {
         *self.dropped.entry(dropped.reason).or_default() += 1;
-        if self.examples.len() < Self::EXAMPLES {
+        // Duplicates would leave no place for what is worth a look.
+        if self.examples.len() < Self::EXAMPLES && dropped.reason != DropReason::Duplicate {
             self.examples.push(dropped);
         }
     }
@@ -147,6 +162,9 @@ impl Report {
         if self.supervised_tokens > 0 && self.supervised_end_tokens == 0 && has_end_tokens {
             warnings.push(Warning::EndOfTurnNotSupervised);
         }
+        if self.empty_answers > 0 {
+            warnings.push(Warning::EmptyAnswers { rows: self.empty_answers });
+        }
         self.warnings = warnings;
     }
 }
@@ -155,7 +173,10 @@ impl DropReason {
     /// Whether the row itself is at fault (then `on-error` decides); the others are filters that the
     /// settings ask for.
     pub fn is_error(self) -> bool {
-        !matches!(self, Self::NoUsableTurn | Self::NothingSupervised | Self::TooFewSupervised)
+        !matches!(
+            self,
+            Self::NoUsableTurn | Self::NothingSupervised | Self::TooFewSupervised | Self::Duplicate
+        )
     }
 }
 
@@ -170,6 +191,7 @@ impl fmt::Display for DropReason {
             Self::NoUsableTurn => "no usable turn",
             Self::NothingSupervised => "no supervised token",
             Self::TooFewSupervised => "too few supervised tokens",
+            Self::Duplicate => "the same as an earlier row",
         })
     }
 }
@@ -199,6 +221,12 @@ impl fmt::Display for Warning {
             ),
             Self::HeaderNeverFound { header } => {
                 write!(f, "the assistant header {header:?} leads to a supervised token in no row")
+            }
+            Self::EmptyAnswers { rows } => {
+                write!(
+                    f,
+                    "rows with an assistant turn that says nothing: {rows}; the draft learns to end there at once"
+                )
             }
             Self::EndOfTurnNotSupervised => f.write_str(
                 "no end-of-turn token is supervised: the draft will not learn when an answer ends",

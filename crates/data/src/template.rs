@@ -61,7 +61,13 @@ pub struct Rendered {
 }
 
 /// Sources of a target's templates: the usual one, and one for tools.
-type Sources = (Option<String>, Option<String>);
+#[derive(Debug, Default)]
+struct Sources {
+    usual: Option<String>,
+    tools: Option<String>,
+    /// The file that they stand in.
+    file: &'static str,
+}
 
 impl ChatTemplate {
     /// Opens the template for a target folder. With a name in the options, the named strings find the turns and
@@ -69,7 +75,7 @@ impl ChatTemplate {
     pub fn open(folder: &Path, special: &SpecialTokens, options: &TemplateOptions) -> Result<Self> {
         let named = named(options)?;
         let sources = sources(folder)?;
-        if named.is_none() && sources.0.is_none() {
+        if named.is_none() && sources.usual.is_none() {
             return Err(Error::Target {
                 path: folder.join("tokenizer_config.json"),
                 message:
@@ -80,12 +86,13 @@ impl ChatTemplate {
         }
         let today = date(options)?;
         let compile = |source: &Option<String>| -> Result<Option<Jinja>> {
-            let compiled = source.as_deref().map(|source| Jinja::compile(source, today)).transpose();
+            let compiled =
+                source.as_deref().map(|source| Jinja::compile(source, sources.file, today)).transpose();
             compiled.map_err(|message| Error::Template { origin: folder.display().to_string(), message })
         };
         let mut template = Self {
-            jinja: compile(&sources.0)?,
-            jinja_tools: compile(&sources.1)?,
+            jinja: compile(&sources.usual)?,
+            jinja_tools: compile(&sources.tools)?,
             hash: identity(&sources, named.as_ref(), today, options),
             special: special.clone(),
             variables: options.variables.clone(),
@@ -308,22 +315,25 @@ fn date(options: &TemplateOptions) -> Result<Date> {
 
 /// The template sources of a target folder, in the order in which transformers looks for them.
 fn sources(folder: &Path) -> Result<Sources> {
-    let file = folder.join("chat_template.jinja");
-    if file.is_file() {
-        return Ok((Some(fs_err::read_to_string(file)?), None));
+    const ALONE: &str = "chat_template.jinja";
+    let path = folder.join(ALONE);
+    if path.is_file() {
+        return Ok(Sources { usual: Some(fs_err::read_to_string(path)?), tools: None, file: ALONE });
     }
     for file in ["chat_template.json", "tokenizer_config.json"] {
         let Some(config) = read_json(&folder.join(file))? else { continue };
         match config.get("chat_template") {
-            Some(serde_json::Value::String(source)) => return Ok((Some(source.clone()), None)),
+            Some(serde_json::Value::String(source)) => {
+                return Ok(Sources { usual: Some(source.clone()), tools: None, file });
+            }
             Some(serde_json::Value::Array(list)) => {
                 let (default, tools) = (named_source(list, "default"), named_source(list, "tool_use"));
-                return Ok((default.or_else(|| tools.clone()), tools));
+                return Ok(Sources { usual: default.or_else(|| tools.clone()), tools, file });
             }
             _ => {}
         }
     }
-    Ok((None, None))
+    Ok(Sources::default())
 }
 
 fn named_source(list: &[serde_json::Value], name: &str) -> Option<String> {
@@ -337,6 +347,7 @@ fn identity(
     today: Date,
     options: &TemplateOptions,
 ) -> String {
-    let parts = serde_json::json!([sources.0, sources.1, named, today.to_string(), options.variables]);
+    let parts =
+        serde_json::json!([sources.usual, sources.tools, named, today.to_string(), options.variables]);
     blake3::hash(parts.to_string().as_bytes()).to_hex().to_string()
 }

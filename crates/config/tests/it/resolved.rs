@@ -11,7 +11,7 @@ fn the_least_recipe_gets_the_defaults() {
     let plan = parse(LEAST, &[]).unwrap().plan;
     assert_eq!(plan.run_dir, Path::new("/here/runs/tiny"));
     assert_eq!(plan.target.path, Path::new("/here/model"));
-    assert_eq!(plan.data.conversations, [Path::new("/here/rows.jsonl")]);
+    assert_eq!(plan.data.conversations, [Path::new("/here/rows.jsonl").to_owned().into()]);
     assert_eq!(plan.data.cache_dir, Path::new("/here/runs/cache"));
     assert_eq!(plan.store.path, Path::new("/here/runs/tiny/features"));
     assert_eq!(plan.export.path, Path::new("/here/runs/tiny/export"));
@@ -49,6 +49,27 @@ fn the_data_settings_reach_the_preparation() {
     assert_eq!((config.max_length, config.last_turn_only), (77, true));
     assert_eq!(config.format, Some(specforge_data::RowFormat::Text));
     assert_eq!((config.inputs, config.target), (plan.data.conversations, plan.target.path));
+}
+
+#[test]
+fn conversations_may_have_weights() {
+    let list = "data.conversations=[\"a.jsonl\", { path = \"b/*.parquet\", weight = 2 }]";
+    let plan = parse(LEAST, &[list, "data.deduplicate=true"]).unwrap().plan;
+    let config = plan.prepare_config();
+    let found: Vec<_> =
+        config.inputs.iter().map(|input| (input.path.to_str().unwrap(), input.weight)).collect();
+    assert_eq!(found, [("/here/a.jsonl", 1.0), ("/here/b/*.parquet", 2.0)]);
+    assert_eq!((config.seed, config.deduplicate), (42, true));
+    for (value, expected) in [
+        ("{ path = \"a\", weight = 0.0 }", "weight of a: expected more than 0, at most 1000, got 0"),
+        ("{ path = \"a\", weight = nan }", "got NaN"),
+        ("{ path = \"a\", wieght = 1.0 }", "`path` and `weight` are known here, not `wieght`"),
+        ("{ weight = 1.0 }", "a `path` is missing"),
+        ("3", "expected a path, or { path = \"...\", weight = 0.5 }"),
+    ] {
+        let error = parse(LEAST, &[&format!("data.conversations=[{value}]")]).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]

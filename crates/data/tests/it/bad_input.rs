@@ -72,7 +72,7 @@ fn a_template_that_raises_names_the_row() {
         &fixture,
         row("bad", "x").trim_end(),
         DropReason::Template,
-        "not this (line 1 of the template)",
+        "not this (line 1 of the template in tokenizer_config.json)",
     );
 }
 
@@ -145,7 +145,7 @@ fn an_array_names_the_line_of_the_element() {
 fn missing_files_are_named() {
     let fixture = Fixture::new();
     let mut config = fixture.config("in.jsonl", row("a", "b"));
-    config.inputs.push(PathBuf::from("/nowhere/x.jsonl"));
+    config.inputs.push(PathBuf::from("/nowhere/x.jsonl").into());
     assert!(quiet(&config).unwrap_err().to_string().contains("/nowhere/x.jsonl"));
     config.inputs.clear();
     assert!(matches!(quiet(&config), Err(Error::Setting { name: "inputs", .. })));

@@ -3,10 +3,12 @@
 
 mod bad_input;
 mod fixture;
+mod formats;
 mod golden_mask;
 mod golden_vocab;
 mod prepared;
 mod prompts;
+mod sources;
 mod template;
 mod tokenizer;
 mod vocab;

@@ -48,18 +48,19 @@ fn a_second_call_opens_the_same_set() {
     let config = fixture.config("in.jsonl", many(20));
     let progress = RefCell::new(Vec::new());
     let first = prepare(&config, &|done, total| progress.borrow_mut().push((done, total))).unwrap();
-    let size = fs_err::metadata(&config.inputs[0]).unwrap().len();
+    let size = fs_err::metadata(&config.inputs[0].path).unwrap().len();
     assert_eq!(progress.borrow().last(), Some(&(size, size)));
 
     // The name of a file is not its content.
-    let moved = PrepareConfig { inputs: vec![fixture.write("moved.jsonl", many(20))], ..config.clone() };
+    let moved =
+        PrepareConfig { inputs: vec![fixture.write("moved.jsonl", many(20)).into()], ..config.clone() };
     let second = prepare(&moved, &|_, _| panic!("nothing is to be done")).unwrap();
     assert_eq!((first.key(), first.hash()), (second.key(), second.hash()));
 
     let other = [
         PrepareConfig { max_length: 12, min_supervised: 0, ..config.clone() },
         PrepareConfig { last_turn_only: true, ..config.clone() },
-        PrepareConfig { inputs: vec![fixture.write("more.jsonl", many(21))], ..config.clone() },
+        PrepareConfig { inputs: vec![fixture.write("more.jsonl", many(21)).into()], ..config.clone() },
         PrepareConfig { max_rows: Some(3), ..config.clone() },
     ];
     for other in &other[1..] {
@@ -118,7 +119,9 @@ fn all_layouts_and_formats_give_the_same_row() {
 fn files_of_different_formats_make_one_set() {
     let fixture = Fixture::new();
     let mut config = fixture.config("a.jsonl", row("hello", "well"));
-    config.inputs.push(fixture.write("b.jsonl", "{\"input_ids\": [1, 2, 3], \"loss_mask\": [0, 1, 1]}\n"));
+    config
+        .inputs
+        .push(fixture.write("b.jsonl", "{\"input_ids\": [1, 2, 3], \"loss_mask\": [0, 1, 1]}\n").into());
     let set = quiet(&config).unwrap();
     assert_eq!((set.len(), set.row(1).ids), (2, [1, 2, 3].as_slice()));
     config.format = Some(RowFormat::Text);
@@ -208,6 +211,15 @@ fn suspicious_masks_are_reported() {
     mask[3] = 1;
     let content = tokens(&[1; 200], &mask);
     check_warning(&fixture.config("in.jsonl", content), &Warning::AlmostNothingSupervised { share: 0.005 });
+}
+
+#[test]
+fn empty_answers_are_counted() {
+    let fixture = Fixture::new();
+    let content = many(3) + &row("hello", " \n") + &row("hello", "");
+    let set = quiet(&fixture.config("in.jsonl", content)).unwrap();
+    assert_eq!((set.len(), set.report().empty_answers), (5, 2));
+    assert!(set.report().warnings.contains(&Warning::EmptyAnswers { rows: 2 }));
 }
 
 #[test]

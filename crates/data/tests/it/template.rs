@@ -144,7 +144,7 @@ fn check_error(template: &str, expected: &str) {
 fn hostile_templates_are_stopped() {
     check_error(
         "a\n{{ raise_exception('roles must alternate') }}",
-        "roles must alternate (line 2 of the template)",
+        "roles must alternate (line 2 of the template in tokenizer_config.json)",
     );
     check_error(
         "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
@@ -153,6 +153,13 @@ fn hostile_templates_are_stopped() {
     check_error("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "the chat template failed");
     check_error("{% for i in range(90000) %}{{ 'x' * 100000 }}{% endfor %}", "the chat template failed");
     check_error("{{ messages[0].content + 1 }}", "the chat template failed");
+    // Doubling: forty steps would be a terabyte.
+    let double = "{% set ns = namespace(x='0123456789') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+    check_error(double, "the template does not come to an end");
+    check_error("{{ 'x' * 10000000000 }}", "the chat template failed");
+    check_error("{{ range(10000000000) | list }}", "the chat template failed");
+    check_error("{{ nothing.at_all }}", "nothing");
+    check_error("a\n{{ messages[0].thing.part }}", "thing");
 }
 
 #[test]
