@@ -53,6 +53,19 @@ pub(crate) fn bf16_rounded(value: f32) -> f32 {
     half::bf16::from_f32(value).to_f32()
 }
 
+/// The sliding window of families that have one in every layer, where it is set.
+pub(crate) fn window_everywhere(info: &TargetInfo) -> Result<Option<usize>> {
+    #[derive(Deserialize)]
+    struct Config {
+        sliding_window: Option<usize>,
+    }
+    let Config { sliding_window } = parse(&info.path, &info.raw)?;
+    match sliding_window {
+        Some(0) => Err(info.wrong("sliding_window", "expected at least 1")),
+        window => Ok(window),
+    }
+}
+
 /// Sliding windows as several families declare them.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Windows {

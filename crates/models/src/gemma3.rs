@@ -75,10 +75,7 @@ pub(crate) fn composite_frame(info: &TargetInfo) -> Result<Frame> {
 pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layers> {
     let config: Config = parse(&info.path, &info.raw)?;
     let windows = parse::<Windows>(&info.path, &info.raw)?.per_layer(info)?;
-    let layer = |(i, window): (usize, Option<usize>)| -> Result<Box<dyn Layer>> {
-        Ok(Box::new(Gemma3Layer::new(info, &config, window, &mut loader.at(&i.to_string()))?))
-    };
-    windows.into_iter().enumerate().map(layer).collect()
+    loader.layers(windows, |window, loader| Gemma3Layer::new(info, &config, window, loader))
 }
 
 impl Gemma3Layer {

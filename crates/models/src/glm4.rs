@@ -34,10 +34,7 @@ struct Glm4Layer {
 /// All decoder layers.
 pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layers> {
     let config: Config = parse(&info.path, &info.raw)?;
-    let layer = |i: usize| -> Result<Box<dyn Layer>> {
-        Ok(Box::new(Glm4Layer::new(info, &config, &mut loader.at(&i.to_string()))?))
-    };
-    (0..info.n_layers).map(layer).collect()
+    loader.layers(0..info.n_layers, |_, loader| Glm4Layer::new(info, &config, loader))
 }
 
 impl Glm4Layer {

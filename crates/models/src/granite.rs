@@ -64,10 +64,7 @@ pub(crate) fn frame(info: &TargetInfo) -> Result<Frame> {
 /// All decoder layers.
 pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layers> {
     let config: Config = parse(&info.path, &info.raw)?;
-    let layer = |i: usize| -> Result<Box<dyn Layer>> {
-        Ok(Box::new(GraniteLayer::new(info, &config, &mut loader.at(&i.to_string()))?))
-    };
-    (0..info.n_layers).map(layer).collect()
+    loader.layers(0..info.n_layers, |_, loader| GraniteLayer::new(info, &config, loader))
 }
 
 impl GraniteLayer {

@@ -97,10 +97,7 @@ pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layer
     if config.layer_types.len() != info.n_layers {
         return Err(info.wrong("layer_types", format!("expected {} entries", info.n_layers)));
     }
-    let layer = |(i, kind): (usize, &String)| -> Result<Box<dyn Layer>> {
-        Ok(Box::new(Lfm2Layer::new(info, &config, kind, &mut loader.at(&i.to_string()))?))
-    };
-    config.layer_types.iter().enumerate().map(layer).collect()
+    loader.layers(&config.layer_types, |kind, loader| Lfm2Layer::new(info, &config, kind, loader))
 }
 
 impl Lfm2Layer {

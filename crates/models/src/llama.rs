@@ -22,35 +22,51 @@ struct Config {
     mlp_bias: bool,
 }
 
+/// Which linear layers have biases.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Biases {
+    pub qkv: bool,
+    pub o: bool,
+    pub mlp: bool,
+}
+
+/// Llama's layer, which Mistral, Phi-3 and Qwen2 have too.
 #[derive(Debug)]
-struct LlamaLayer {
-    input_layernorm: ParamId,
-    qkv_proj: Weight,
-    o_proj: Weight,
-    post_attention_layernorm: ParamId,
-    mlp: Mlp,
+pub(crate) struct LlamaLayer {
+    pub input_layernorm: ParamId,
+    /// `[(N + 2 G)·D, H]`: queries, keys, values.
+    pub qkv_proj: Weight,
+    pub o_proj: Weight,
+    pub post_attention_layernorm: ParamId,
+    pub mlp: Mlp,
+    /// Keys that a query sees, itself included; absent: all before it.
+    pub window: Option<usize>,
 }
 
 /// All decoder layers.
 pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layers> {
     let config: Config = parse(&info.path, &info.raw)?;
-    let layer = |i: usize| -> Result<Box<dyn Layer>> {
-        Ok(Box::new(LlamaLayer::new(info, &config, &mut loader.at(&i.to_string()))?))
-    };
-    (0..info.n_layers).map(layer).collect()
+    let biases = Biases { qkv: config.attention_bias, o: config.attention_bias, mlp: config.mlp_bias };
+    loader.layers(0..info.n_layers, |_, loader| LlamaLayer::new(info, biases, None, loader))
 }
 
 impl LlamaLayer {
-    fn new(info: &TargetInfo, config: &Config, loader: &mut Loader<'_>) -> Result<Self> {
+    /// With a matrix each for queries, keys, values, gate and up.
+    pub(crate) fn new(
+        info: &TargetInfo,
+        biases: Biases,
+        window: Option<usize>,
+        loader: &mut Loader<'_>,
+    ) -> Result<Self> {
         let h = info.hidden_size;
         let (q, kv) = (info.n_heads * info.head_dim, info.n_kv_heads * info.head_dim);
-        let bias = config.attention_bias;
         Ok(Self {
             input_layernorm: loader.norm("input_layernorm", h)?,
-            qkv_proj: loader.stacked(&qkv(q, kv), h, bias)?,
-            o_proj: loader.linear("self_attn.o_proj", q, h, bias)?,
+            qkv_proj: loader.stacked(&qkv(q, kv), h, biases.qkv)?,
+            o_proj: loader.linear("self_attn.o_proj", q, h, biases.o)?,
             post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
-            mlp: Mlp::new(info, config.mlp_bias, &mut loader.at("mlp"))?,
+            mlp: Mlp::new(info, biases.mlp, &mut loader.at("mlp"))?,
+            window,
         })
     }
 }
@@ -61,10 +77,10 @@ impl Layer for LlamaLayer {
         // 1. Queries [R, N·D], keys and values [R, G·D] of the normed state.
         let x = tape.rms_norm(h, self.input_layernorm, pass.eps)?;
         let qkv = tape.linear(&x, &self.qkv_proj)?;
-        // 2. Positions.
+        // 2. Positions, on the part of each head that the tables cover.
         let qkv = pass.rope_packed(&qkv)?;
-        // 3. Attention to everything before, and the residual sum.
-        let a = pass.attention_packed(&qkv, None)?;
+        // 3. Attention to what the window shows, and the residual sum.
+        let a = pass.attention_packed(&qkv, self.window)?;
         let h = tape.linear_add(&a, &self.o_proj, h)?;
         // 4. MLP of the normed state, and the residual sum.
         let x = tape.rms_norm(&h, self.post_attention_layernorm, pass.eps)?;

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use specforge_nn::weights::{Dtype, View, Weights};
 use specforge_tensor::{DType, Device, ParamId, Params, Tensor, Weight};
 
+use crate::pass::{Layer, Layers};
 use crate::{Error, Result};
 
 /// Where weights come from.
@@ -46,6 +47,18 @@ impl Loader<'_> {
             norm_offset: self.norm_offset,
             prefix: format!("{}{name}.", self.prefix),
         }
+    }
+
+    /// The decoder layers, each made of what is its own and of a loader inside it.
+    pub(crate) fn layers<T, L: Layer + 'static>(
+        &mut self,
+        each: impl IntoIterator<Item = T>,
+        new: impl Fn(T, &mut Loader<'_>) -> Result<L>,
+    ) -> Result<Layers> {
+        let layer = |(i, own): (usize, T)| -> Result<Box<dyn Layer>> {
+            Ok(Box::new(new(own, &mut self.at(&i.to_string()))?))
+        };
+        each.into_iter().enumerate().map(layer).collect()
     }
 
     /// A linear layer `[n_out, n_in]`, with a bias `[n_out]` or without.

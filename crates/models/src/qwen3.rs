@@ -38,10 +38,7 @@ struct Qwen3Layer {
 pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layers> {
     let config: Config = parse(&info.path, &info.raw)?;
     let windows = parse::<Windows>(&info.path, &info.raw)?.per_layer(info)?;
-    let layer = |(i, window): (usize, Option<usize>)| -> Result<Box<dyn Layer>> {
-        Ok(Box::new(Qwen3Layer::new(info, &config, window, &mut loader.at(&i.to_string()))?))
-    };
-    windows.into_iter().enumerate().map(layer).collect()
+    loader.layers(windows, |window, loader| Qwen3Layer::new(info, &config, window, loader))
 }
 
 impl Qwen3Layer {
