@@ -29,7 +29,9 @@ fn a_capture_killed_at_any_time_goes_on_where_it_was() {
     let world = World::new();
     // Long enough to be killed in: 64 rows run side by side before they are written.
     world.write("conversations.jsonl", crate::world::conversations(900, 5));
-    world.ok(&["train", "R", "--set", "train.epochs=1"]);
+    let whole = ["--set", "train.epochs=1", "--set", "name=whole", "--set", "store.path=whole"];
+    world.ok(&with("capture", &whole));
+    world.ok(&with("train", &whole));
     let mut in_time = 0;
     for i in 0..8u64 {
         let mut running = Running::start(&world, &with("capture", &[]));
@@ -43,7 +45,7 @@ fn a_capture_killed_at_any_time_goes_on_where_it_was() {
     assert!(verified.stdout.contains("verified: 900 records"), "{}", verified.stdout);
     assert_eq!(torn(&world.path("store")), Vec::<String>::new());
     world.ok(&with("train", &["--set", "train.epochs=1"]));
-    Left::by(&world, "offline").assert_same(&Left::by(&world, "run"), "a capture killed eight times");
+    Left::by(&world, "offline").assert_same(&Left::by(&world, "whole"), "a capture killed eight times");
 }
 
 #[test]

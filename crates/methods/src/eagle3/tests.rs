@@ -259,6 +259,13 @@ fn golden_losses_and_gradients_on_cuda() {
             continue;
         }
         println!("{name}");
+        // A head size that no kernel has must be refused, not computed wrongly.
+        if let Err(error) = case.method.loss(&Tape::recording(&case.params), &case.batch) {
+            let unsupported = matches!(&error, Error::Tensor(specforge_tensor::Error::Unsupported { .. }));
+            assert!(unsupported && name == "eagle3-mixed-dims", "{name}: {error}");
+            println!("  {error}");
+            continue;
+        }
         let reference = load_rounded(&dir, Device::Cpu);
         let (want, want_grads) = run(&reference, Grads::new());
         let (loss, grads) = run(&case, Grads::new());
