@@ -75,7 +75,7 @@ impl Layer for LlamaLayer {
     fn forward(&self, pass: &mut Pass<'_, '_>, h: &Var) -> Result<Var> {
         let tape = pass.tape;
         // 1. Queries [R, N·D], keys and values [R, G·D] of the normed state.
-        let x = tape.rms_norm(h, self.input_layernorm, pass.eps)?;
+        let x = tape.rms_norm_for(h, self.input_layernorm, pass.eps, &self.qkv_proj)?;
         let qkv = tape.linear(&x, &self.qkv_proj)?;
         // 2. Positions, on the part of each head that the tables cover.
         let qkv = pass.rope_packed(&qkv)?;
@@ -83,7 +83,7 @@ impl Layer for LlamaLayer {
         let a = pass.attention_packed(&qkv, self.window)?;
         let h = tape.linear_add(&a, &self.o_proj, h)?;
         // 4. MLP of the normed state, and the residual sum.
-        let x = tape.rms_norm(&h, self.post_attention_layernorm, pass.eps)?;
+        let x = tape.rms_norm_for(&h, self.post_attention_layernorm, pass.eps, self.mlp.first())?;
         self.mlp.add_to(tape, &h, &x)
     }
 }

@@ -58,6 +58,11 @@ impl Mlp {
         })
     }
 
+    /// What its input is multiplied by.
+    pub(crate) fn first(&self) -> &Weight {
+        &self.gate_up
+    }
+
     /// With another activation.
     pub(crate) fn gated_by(self, gate: Gate) -> Self {
         Self { gate, ..self }
@@ -96,7 +101,7 @@ impl Mlp {
     fn chunk(&self, tape: &Tape<'_>, h: Option<&Var>, x: &Var) -> Result<Var> {
         let gate_up = tape.linear(x, &self.gate_up)?;
         let y = match self.gate {
-            Gate::Silu => tape.swiglu(&gate_up)?,
+            Gate::Silu => tape.swiglu_for(&gate_up, &self.down)?,
             Gate::Gelu => tape.geglu(&gate_up)?,
         };
         Ok(match h {
@@ -107,6 +112,6 @@ impl Mlp {
 
     /// Bytes of a row of gate and up.
     fn row_bytes(&self, x: &Tensor) -> usize {
-        2 * self.intermediate * x.dtype().size()
+        2 * self.intermediate * x.device().storage().size()
     }
 }

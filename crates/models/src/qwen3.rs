@@ -70,7 +70,7 @@ impl Layer for Qwen3Layer {
     fn forward(&self, pass: &mut Pass<'_, '_>, h: &Var) -> Result<Var> {
         let tape = pass.tape;
         // 1. Queries [R, N·D], keys and values [R, G·D] of the normed state.
-        let x = tape.rms_norm(h, self.input_layernorm, pass.eps)?;
+        let x = tape.rms_norm_for(h, self.input_layernorm, pass.eps, &self.q_proj)?;
         let q = tape.linear(&x, &self.q_proj)?;
         let k = tape.linear(&x, &self.k_proj)?;
         let v = tape.linear(&x, &self.v_proj)?;
@@ -82,7 +82,7 @@ impl Layer for Qwen3Layer {
         let a = pass.attention(&Part::new(&q, 0), &kv, self.window)?;
         let h = tape.linear_add(&a, &self.o_proj, h)?;
         // 4. MLP of the normed state, and the residual sum.
-        let x = tape.rms_norm(&h, self.post_attention_layernorm, pass.eps)?;
+        let x = tape.rms_norm_for(&h, self.post_attention_layernorm, pass.eps, self.mlp.first())?;
         self.mlp.add_to(tape, &h, &x)
     }
 }

@@ -225,6 +225,10 @@ pub trait Kernels: Debug + Sync {
         cols: Range<usize>,
         fresh: bool,
     ) -> Result<()>;
+    /// Rows that products of [`Kernels::linear_wgrad`] with fewer should gather to, where they can; 0: they need not.
+    fn wgrad_rows(&self) -> usize {
+        0
+    }
     /// `db += sum over rows of dy`.
     fn bias_grad(&self, dy: &Tensor, db: &mut [Tensor]) -> Result<()>;
     /// `y = x / rms(x) * w` per row, and `1 / rms(x)`.
@@ -260,8 +264,23 @@ pub trait Kernels: Debug + Sync {
     ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)>;
     /// `silu(gate) * up` of a packed `[R, 2 I]`: gate, then up.
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor>;
-    /// Gradient of [`Kernels::swiglu`], packed like its input, and once more what it computed.
-    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)>;
+    /// Gradient of [`Kernels::swiglu`], packed like its input, and once more what it computed; in the memory of `into`
+    /// where that is given.
+    fn swiglu_backward(
+        &self,
+        dy: &Tensor,
+        gate_up: &Tensor,
+        into: [Option<Tensor>; 2],
+    ) -> Result<(Tensor, Tensor)>;
+    /// [`Kernels::rms_norm`] over whole rows, for weights of 8 bits: rounded to rows of 8 bits with a scale each, in one
+    /// pass. `None` where there is no such pass.
+    fn rms_norm_rounded(&self, _x: &Tensor, _w: &Tensor, _eps: f32) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+    /// [`Kernels::swiglu`] in the same form.
+    fn swiglu_rounded(&self, _gate_up: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
     /// `gelu(gate) * up` of a packed `[R, 2 I]`: gate, then up; GELU by its tanh approximation.
     fn geglu(&self, gate_up: &Tensor) -> Result<Tensor>;
     /// `a * b` of R rows and `width` columns each.

@@ -1,7 +1,12 @@
 //! The tape: records each operation's backward while the forward runs, and replays them in reverse.
 
+mod waiting;
+
 use std::cell::RefCell;
 use std::fmt;
+
+pub(crate) use waiting::Product;
+use waiting::{Products, Waiting};
 
 use crate::{Grads, ParamId, Params, Result, Tensor};
 
@@ -61,6 +66,8 @@ pub(crate) struct Sink<'p> {
     params: &'p Params,
     by_node: Vec<Option<Tensor>>,
     grads: Grads,
+    products: Products,
+    waiting: Vec<Waiting>,
 }
 
 impl Sink<'_> {
@@ -159,6 +166,7 @@ pub struct Tape<'p> {
     grads: RefCell<Grads>,
     /// Gradients that terminal operations have left for their inputs.
     seeds: RefCell<Vec<(Var, Tensor)>>,
+    products: RefCell<Products>,
 }
 
 impl fmt::Debug for Tape<'_> {
@@ -181,12 +189,14 @@ impl<'p> Tape<'p> {
             nodes: Some(RefCell::default()),
             grads: RefCell::new(grads),
             seeds: RefCell::default(),
+            products: RefCell::default(),
         }
     }
 
     /// A tape that only computes: nothing is kept alive for a backward.
     pub fn inference(params: &'p Params) -> Self {
-        Self { params, nodes: None, grads: RefCell::default(), seeds: RefCell::default() }
+        let (grads, seeds, products) = Default::default();
+        Self { params, nodes: None, grads, seeds, products }
     }
 
     /// The parameters that the tape reads.
@@ -229,6 +239,13 @@ impl<'p> Tape<'p> {
         let mut nodes = nodes.borrow_mut();
         nodes.push(backward());
         Var { value, node: Some(nodes.len() - 1) }
+    }
+
+    /// Notes that a value is the output of a product whose weights are trained.
+    pub(crate) fn note_product(&self, output: &Var, product: impl FnOnce() -> Product) {
+        if let Some(node) = output.node {
+            self.products.borrow_mut().add(node, product(), output.rows_cols().0);
+        }
     }
 
     /// Whether a gradient is wanted for any of these values.
@@ -294,7 +311,8 @@ impl<'p> Tape<'p> {
     fn replay(self, seeds: Vec<(Var, Tensor)>) -> Result<Sink<'p>> {
         let nodes = self.nodes.map(RefCell::into_inner).unwrap_or_default();
         let by_node = (0..nodes.len()).map(|_| None).collect();
-        let mut sink = Sink { params: self.params, by_node, grads: self.grads.into_inner() };
+        let (grads, products) = (self.grads.into_inner(), self.products.into_inner());
+        let mut sink = Sink { params: self.params, by_node, grads, products, waiting: Vec::new() };
         for (var, d) in seeds {
             sink.add(&var, d)?;
         }
@@ -305,6 +323,7 @@ impl<'p> Tape<'p> {
                 node.backward(d, &mut sink)?;
             }
         }
+        sink.settle_all()?;
         Ok(sink)
     }
 }

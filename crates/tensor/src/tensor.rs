@@ -255,10 +255,11 @@ impl Tensor {
                 &self.shape,
             ));
         }
-        let (shape, elements) = ([range.len(), width], range.start * width..range.end * width);
+        let shape = [range.len(), width];
         if let Some(stored) = self.stored() {
-            return Ok(Self::from_stored(self.device, stored.slice(elements)?, &shape));
+            return Ok(Self::from_stored(self.device, stored.rows(range, width)?, &shape));
         }
+        let elements = range.start * width..range.end * width;
         let buffer = match &*self.buffer {
             Buffer::F32(v) => Buffer::F32(v[elements].to_vec()),
             Buffer::Bf16(v) => Buffer::Bf16(v[elements].to_vec()),
@@ -268,6 +269,15 @@ impl Tensor {
             Buffer::Cuda(_) => unreachable!("handled above"),
         };
         Self::from_host(self.device, buffer, &shape)
+    }
+
+    /// Takes the elements of a tensor of the same type, length and device into the memory that it shares with others:
+    /// for rows of memory that nobody reads yet. Nothing where it is that memory already.
+    pub(crate) fn overwrite_elsewhere(&self, from: &Self) -> Result<()> {
+        let (Some(to), Some(from)) = (self.stored(), from.stored()) else {
+            unreachable!("only a device's tensors share memory")
+        };
+        if to.address()? == from.address()? { Ok(()) } else { to.overwrite(from) }
     }
 
     /// Appends the rows of a tensor of the same width and element type; storage that is not shared grows in place.

@@ -134,7 +134,12 @@ impl Kernels for Cpu {
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         Ok(swiglu::forward(gate_up))
     }
-    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
+    fn swiglu_backward(
+        &self,
+        dy: &Tensor,
+        gate_up: &Tensor,
+        _: [Option<Tensor>; 2],
+    ) -> Result<(Tensor, Tensor)> {
         Ok((swiglu::backward(dy, gate_up), swiglu::forward(gate_up)))
     }
     fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {

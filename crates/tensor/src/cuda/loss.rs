@@ -67,7 +67,9 @@ pub(super) fn vocab_stats(hidden: &Tensor, head: &Tensor) -> Result<VocabStats> 
     let (hidden, head) = (in_bf16(hidden)?, in_bf16(head)?);
     let (n, vocab) = (hidden.rows_cols().0, head.rows_cols().0);
     let stats = Stats::new(&hidden, n)?;
-    let step = (CHUNK / (4 * vocab).max(1)).clamp(1, n.max(1));
+    // Whole tiles of the product: 523 rows take the time of 768.
+    let most = (CHUNK / (4 * vocab).max(1)).max(1);
+    let step = if most > 256 { most / 256 * 256 } else { most }.min(n.max(1));
     let logits = output(&hidden, DType::F32, &[step, vocab])?;
     for first in (0..n).step_by(step) {
         let count = step.min(n - first);

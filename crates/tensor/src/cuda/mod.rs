@@ -66,6 +66,15 @@ impl Kernels for Cuda {
     ) -> Result<()> {
         gemm::linear_wgrad(dy, x, dw, cols, fresh)
     }
+    fn rms_norm_rounded(&self, x: &Tensor, w: &Tensor, eps: f32) -> Result<Option<Tensor>> {
+        fp8::rms_norm(x, w, eps)
+    }
+    fn swiglu_rounded(&self, gate_up: &Tensor) -> Result<Option<Tensor>> {
+        fp8::swiglu(gate_up)
+    }
+    fn wgrad_rows(&self) -> usize {
+        gemm::WGRAD_ROWS
+    }
     fn bias_grad(&self, dy: &Tensor, db: &mut [Tensor]) -> Result<()> {
         gemm::bias_grad(dy, db)
     }
@@ -107,8 +116,13 @@ impl Kernels for Cuda {
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         norm::swiglu(gate_up)
     }
-    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
-        norm::swiglu_backward(dy, gate_up)
+    fn swiglu_backward(
+        &self,
+        dy: &Tensor,
+        gate_up: &Tensor,
+        into: [Option<Tensor>; 2],
+    ) -> Result<(Tensor, Tensor)> {
+        norm::swiglu_backward(dy, gate_up, into)
     }
     fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         norm::geglu(gate_up)

@@ -172,11 +172,17 @@ fn gated(gate_up: &Tensor, kernel: &'static str) -> Result<Tensor> {
     Ok(y)
 }
 
-pub(super) fn swiglu_backward(dy: &Tensor, gate_up: &Tensor) -> Result<(Tensor, Tensor)> {
+pub(super) fn swiglu_backward(
+    dy: &Tensor,
+    gate_up: &Tensor,
+    [d, y]: [Option<Tensor>; 2],
+) -> Result<(Tensor, Tensor)> {
     let (dy, x) = (in_bf16(dy)?, in_bf16(gate_up)?);
     let (rows, width) = x.rows_cols();
     let n = width / 2;
-    let (d, y) = (output(&x, DType::Bf16, x.shape())?, output(&x, DType::Bf16, &[rows, n])?);
+    let or_new =
+        |into: Option<Tensor>, width| into.map_or_else(|| output(&x, DType::Bf16, &[rows, width]), Ok);
+    let (d, y) = (or_new(d, width)?, or_new(y, n)?);
     if rows * n > 0 {
         let (dgate, gate, ld) = (at(&d)?, at(&x)?, width as i32);
         let half = 2 * n as u64;

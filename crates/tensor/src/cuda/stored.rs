@@ -154,12 +154,17 @@ impl Stored {
 
     /// Rows of bfloat16 in 8-bit floats, each with its scale.
     pub(crate) fn quantized(&self, (rows, width): (usize, usize)) -> Result<Self> {
-        let scales = self.gpu.alloc(rows * 4)?;
-        let to = Self { scales: Some((scales.clone(), 0)), ..Self::new(self.gpu, DType::E4m3, self.len)? };
-        let args =
-            args![to.address()?, scales.address(), self.address()?, rows as i32, width as i32, width as i64];
+        let to = Self::rows_of_e4m3(self.gpu, rows, width)?;
+        let scales = to.scales().expect("made with scales");
+        let args = args![to.address()?, scales, self.address()?, rows as i32, width as i32, width as i64];
         run(self.gpu, &FP8, "quantize_rows", [rows, 1, 1], 256, args)?;
         Ok(to)
+    }
+
+    /// Unwritten rows of 8-bit floats, each with its scale.
+    pub(crate) fn rows_of_e4m3(gpu: &'static Gpu, rows: usize, width: usize) -> Result<Self> {
+        let scales = Some((gpu.alloc(rows * 4)?, 0));
+        Ok(Self { scales, ..Self::new(gpu, DType::E4m3, rows * width)? })
     }
 
     /// The address of the rows' scales.
@@ -213,13 +218,15 @@ impl Stored {
         Self { gpu, memory, first: self.first, len, dtype: self.dtype, index, scales }
     }
 
-    /// Some of its elements, in the same memory.
-    pub(crate) fn slice(&self, elements: Range<usize>) -> Result<Self> {
+    /// Some of its rows of `width` elements, in the same memory.
+    pub(crate) fn rows(&self, rows: Range<usize>, width: usize) -> Result<Self> {
+        let elements = rows.start * width..rows.end * width;
         if let Some(index) = &self.index {
             return Ok(Self::of_index(self.gpu.ordinal(), index[elements].to_vec()));
         }
         let first = self.first + elements.start * self.dtype.size();
-        Ok(Self::over(self.memory()?.clone(), first, self.dtype, elements.len()))
+        let scales = self.scales.as_ref().map(|(memory, skip)| (memory.clone(), skip + 4 * rows.start));
+        Ok(Self { scales, ..Self::over(self.memory()?.clone(), first, self.dtype, elements.len()) })
     }
 
     /// Copies of several storages, one after the other in one piece of memory; their scales too.

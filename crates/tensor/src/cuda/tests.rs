@@ -4,6 +4,7 @@
 mod adam;
 mod attention;
 mod compile;
+mod fp8;
 mod invariance;
 mod loss;
 mod stack;

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::{expect_cols, expect_shape};
-use crate::tape::{Backward, Sink, Slot};
-use crate::{ParamId, Result, Tape, Tensor, Var};
+use crate::tape::{Backward, Product, Sink, Slot};
+use crate::{DType, ParamId, Result, Tape, Tensor, Var};
 
 /// Weight matrices `[N, K]` as a linear layer uses them: one or several of the same width, one below the other (their
 /// outputs side by side); whole, or some of their columns.
@@ -47,6 +47,13 @@ impl Weight {
     }
 }
 
+impl Tape<'_> {
+    /// Whether inputs of this weight are wanted in 8 bits: it is frozen and has 8 bits itself.
+    pub(super) fn takes_8_bits(&self, w: &Weight) -> bool {
+        !self.is_recording() && w.params.iter().all(|&id| self.params().get(id).value.dtype() == DType::E4m3)
+    }
+}
+
 struct Linear {
     x: Var,
     w: Stack,
@@ -70,10 +77,15 @@ impl Tape<'_> {
     fn linear_onto(&self, x: &Var, w: &Weight, residual: Option<&Var>) -> Result<Var> {
         let w = Stack::new(self, w, x.value(), residual)?;
         let y = w.product(x.value(), residual)?;
-        let needed =
-            w.is_trained(self) || self.any_needed(&[x]) || residual.is_some_and(|r| self.any_needed(&[r]));
-        Ok(self
-            .record(y, needed, || Box::new(Linear { x: x.clone(), w, residual: residual.map(Slot::from) })))
+        let trained = w.is_trained(self);
+        let needed = trained || self.any_needed(&[x]) || residual.is_some_and(|r| self.any_needed(&[r]));
+        let product = trained.then(|| w.as_product());
+        let y = self
+            .record(y, needed, || Box::new(Linear { x: x.clone(), w, residual: residual.map(Slot::from) }));
+        if let Some(product) = product {
+            self.note_product(&y, || product);
+        }
+        Ok(y)
     }
 }
 
@@ -127,15 +139,15 @@ impl Stack {
         dy.device().kernels().linear_dgrad(dy, &weights, self.cols.clone(), into)
     }
 
+    /// What is multiplied by, as the tape keeps count of it.
+    pub(super) fn as_product(&self) -> Product {
+        Product { params: self.w.params.clone(), cols: (self.cols.start, self.cols.end) }
+    }
+
     /// Adds the gradients of matrices and biases.
     pub(super) fn wgrad(&self, dy: &Tensor, x: &Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        let (kernels, cols) = (dy.device().kernels(), self.cols.clone());
-        if cols == (0..self.weights[0].rows_cols().1) {
-            sink.fresh_params(&self.w.params, |dw, fresh| kernels.linear_wgrad(dy, x, dw, cols, fresh))?;
-        } else {
-            sink.params(&self.w.params, |dw| kernels.linear_wgrad(dy, x, dw, cols, false))?;
-        }
-        sink.params(&self.w.biases, |db| kernels.bias_grad(dy, db))
+        sink.add_wgrad(&self.as_product(), dy, x)?;
+        sink.params(&self.w.biases, |db| dy.device().kernels().bias_grad(dy, db))
     }
 }
 

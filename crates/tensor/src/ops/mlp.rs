@@ -33,6 +33,18 @@ impl Tape<'_> {
         Ok(self.record(y, self.any_needed(&[gate_up]), || Box::new(SwiGlu { gate_up: gate_up.clone() })))
     }
 
+    /// As [`Tape::swiglu`], for a value that only `w` multiplies: in 8 bits where w is frozen and has 8 bits.
+    pub fn swiglu_for(&self, gate_up: &Var, w: &Weight) -> Result<Var> {
+        expect_pairs("swiglu", gate_up)?;
+        if self.takes_8_bits(w) {
+            let kernels = gate_up.value().device().kernels();
+            if let Some(y) = kernels.swiglu_rounded(gate_up.value())? {
+                return Ok(self.input(y));
+            }
+        }
+        self.swiglu(gate_up)
+    }
+
     /// `residual + swiglu(gate_up) · wᵀ`: the end of an MLP. What is multiplied by w, the widest activation but one, is
     /// computed again in the backward rather than kept.
     pub fn swiglu_linear_add(&self, gate_up: &Var, w: &Weight, residual: &Var) -> Result<Var> {
@@ -40,10 +52,16 @@ impl Tape<'_> {
         let x = gate_up.value().device().kernels().swiglu(gate_up.value())?;
         let w = Stack::new(self, w, &x, Some(residual))?;
         let y = w.product(&x, Some(residual))?;
-        let needed = w.is_trained(self) || self.any_needed(&[gate_up, residual]);
-        Ok(self.record(y, needed, || {
+        let trained = w.is_trained(self);
+        let needed = trained || self.any_needed(&[gate_up, residual]);
+        let product = trained.then(|| w.as_product());
+        let y = self.record(y, needed, || {
             Box::new(SwiGluLinear { gate_up: gate_up.clone(), w, residual: residual.into() })
-        }))
+        });
+        if let Some(product) = product {
+            self.note_product(&y, || product);
+        }
+        Ok(y)
     }
 
     /// `gelu(gate) * up` of gate and up side by side, `[R, 2 I]` to `[R, I]`; GELU by its tanh approximation. It has no
@@ -121,7 +139,10 @@ fn expect_pairs(op: &'static str, gate_up: &Var) -> Result<()> {
 impl Backward for SwiGluLinear {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
         let dx = self.w.dgrad(&dy, None)?;
-        let (d, x) = dy.device().kernels().swiglu_backward(&dx, self.gate_up.value())?;
+        // Both are wide: they are computed where they wait for the gradients of their weights.
+        let d = sink.room_for_gradient(&self.gate_up, &dx)?;
+        let x = sink.room_for_input(&self.w.as_product(), dx.rows_cols().0, &dx)?;
+        let (d, x) = dy.device().kernels().swiglu_backward(&dx, self.gate_up.value(), [d, x])?;
         self.w.wgrad(&dy, &x, sink)?;
         sink.add(&self.gate_up, d)?;
         sink.add(self.residual, dy)
@@ -130,7 +151,7 @@ impl Backward for SwiGluLinear {
 
 impl Backward for SwiGlu {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        let (d, _) = dy.device().kernels().swiglu_backward(&dy, self.gate_up.value())?;
+        let (d, _) = dy.device().kernels().swiglu_backward(&dy, self.gate_up.value(), [None, None])?;
         sink.add(&self.gate_up, d)
     }
 }

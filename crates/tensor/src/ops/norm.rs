@@ -1,5 +1,6 @@
 //! RMSNorm.
 
+use super::Weight;
 use crate::tape::{Backward, Sink};
 use crate::{Error, ParamId, Result, Tape, Tensor, Var};
 
@@ -26,6 +27,18 @@ impl Tape<'_> {
         let (y, rstd) = x.value().device().kernels().rms_norm(x.value(), &weight, eps)?;
         let needed = self.any_needed(&[x]) || self.is_trained(id);
         Ok(self.record(y, needed, || Box::new(RmsNorm { x: x.clone(), id, weight, rstd })))
+    }
+
+    /// As [`Tape::rms_norm`], for a value that only weights like `w` multiply: in 8 bits where w is frozen and has 8
+    /// bits, which spares a pass over it.
+    pub fn rms_norm_for(&self, x: &Var, id: ParamId, eps: f32, w: &Weight) -> Result<Var> {
+        if self.takes_8_bits(w) {
+            let (weight, kernels) = (&self.params().get(id).value, x.value().device().kernels());
+            if let Some(y) = kernels.rms_norm_rounded(x.value(), weight, eps)? {
+                return Ok(self.input(y));
+            }
+        }
+        self.rms_norm(x, id, eps)
     }
 }
 

@@ -142,3 +142,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// e^-x overflows to infinity for very negative x, and the quotient is then zero, as it should be.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + exp2_fast(x * -1.4426950408889634f)); }
+
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }

@@ -55,18 +55,117 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   else quantize<1>(y + r * width, scale + r, x + r * ldx, width);
 }
 
-// y = acc row_scale[r] col_scale[c]; y and acc share their row stride and may be the same.
+// ---- what computes a row and rounds it in one pass: to the bits of rounding to bf16 first and to 8 bits then ----
+
+// Eight neighbouring bf16 values as a thread holds them.
+struct Held {
+  u32 v[4];
+  __device__ __forceinline__ void set(const float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+  }
+  __device__ __forceinline__ float at(int i) const { return i & 1 ? high_half(v[i / 2]) : low_half(v[i / 2]); }
+};
+
+// Writes the pieces that the block holds of one row of `width`: piece k of a thread is column 8 (k blockDim + thread).
+template <int PIECES>
+__device__ __forceinline__ void store_rounded(u8* y, float* scale, const Held (&held)[PIECES], int width) {
+  float top = 0.f;
+#pragma unroll
+  for (int k = 0; k < PIECES; ++k) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) top = fmaxf(top, fabsf(held[k].at(i)));
+  }
+  top = block_max(top);
+  const float unit = top > 0.f ? top / 448.f : 1.f;
+  if (threadIdx.x == 0) *scale = unit;
+#pragma unroll
+  for (int k = 0; k < PIECES; ++k) {
+    const int c = 8 * (k * (int)blockDim.x + (int)threadIdx.x);
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = __fdiv_rn(held[k].at(i), unit);
+    if (c < width) store_e4m3(y + c, v);
+  }
+}
+
+template <int PIECES>
+__device__ __forceinline__ void norm_rounded(u8* y, float* scale, const bf16* x, const bf16* w, int width, float eps) {
+  Held held[PIECES];
+  float sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < PIECES; ++k) {
+    const int c = 8 * (k * (int)blockDim.x + (int)threadIdx.x);
+    float v[8] = {};
+    if (c < width) load(x + c, v);
+    held[k].set(v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fmaf(v[i], v[i], sum);
+  }
+  const float rstd = 1.f / sqrtf(block_sum(sum) / width + eps);
+#pragma unroll
+  for (int k = 0; k < PIECES; ++k) {
+    const int c = 8 * (k * (int)blockDim.x + (int)threadIdx.x);
+    float v[8] = {};
+    if (c < width) load(w + c, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= held[k].at(i) * rstd;
+    held[k].set(v);
+  }
+  store_rounded(y, scale, held, width);
+}
+
+// quantize_rows(x rstd w), x [rows, width]; width a multiple of 8 up to 16384, everything 16-byte aligned.
+// A block per row: grid rows; block 256; no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    rms_norm_rounded(u8* y, float* scale, const bf16* x, const bf16* w, int rows, int width, float eps) {
+  const i64 r = blockIdx.x;
+  y += r * width, x += r * width, scale += r;
+  if (width <= 2 * 8 * THREADS) norm_rounded<2>(y, scale, x, w, width, eps);
+  else if (width <= 4 * 8 * THREADS) norm_rounded<4>(y, scale, x, w, width, eps);
+  else norm_rounded<8>(y, scale, x, w, width, eps);
+}
+
+template <int PIECES>
+__device__ __forceinline__ void swiglu_of(u8* y, float* scale, const bf16* gate_up, int width) {
+  Held held[PIECES];
+#pragma unroll
+  for (int k = 0; k < PIECES; ++k) {
+    const int c = 8 * (k * (int)blockDim.x + (int)threadIdx.x);
+    float g[8] = {}, u[8] = {};
+    if (c < width) load(gate_up + c, g), load(gate_up + width + c, u);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) u[i] *= silu(g[i]);
+    held[k].set(u);
+  }
+  store_rounded(y, scale, held, width);
+}
+
+// quantize_rows(silu(gate) up), gate_up [rows, 2 width]; width a multiple of 8 up to 32768, everything 16-byte aligned.
+// A block per row: grid rows; block 512; no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(512)
+    swiglu_rounded(u8* y, float* scale, const bf16* gate_up, int rows, int width) {
+  const i64 r = blockIdx.x;
+  y += r * width, gate_up += r * 2 * width, scale += r;
+  if (width <= 2 * 8 * 512) swiglu_of<2>(y, scale, gate_up, width);
+  else if (width <= 4 * 8 * 512) swiglu_of<4>(y, scale, gate_up, width);
+  else swiglu_of<8>(y, scale, gate_up, width);
+}
+
+// y = acc row_scale[r] col_scale[c] (+ added); all share a row stride, y may be acc, added may be null.
 // Block 256; grid min(rows, ceil(rows * width / 2048)) (any grid is correct); no dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    scale_columns(bf16* y, const bf16* acc, const float* row_scale, const float* col_scale, int rows, int width, i64 ld) {
-  const bool wide = (width | ld) % 8 == 0 && aligned(y, acc) && aligned(col_scale);
+    scale_columns(bf16* y, const bf16* acc, const float* row_scale, const float* col_scale, const bf16* added, int rows,
+                  int width, i64 ld) {
+  const bool wide = (width | ld) % 8 == 0 && aligned(y, acc) && aligned(col_scale, added);
   for_columns(rows, width, wide, [&](i64 r, int c, auto w) {
     constexpr int V = decltype(w)::value;
-    float v[V], columns[V];
+    float v[V], columns[V], more[V] = {};
     load(acc + r * ld + c, v);
     load(col_scale + c, columns);
+    if (added) load(added + r * ld + c, more);
 #pragma unroll
-    for (int i = 0; i < V; ++i) v[i] *= row_scale[r] * columns[i];
+    for (int i = 0; i < V; ++i) v[i] = fmaf(v[i], row_scale[r] * columns[i], more[i]);
     store(y + r * ld + c, v);
   });
 }

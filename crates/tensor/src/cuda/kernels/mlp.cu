@@ -3,10 +3,6 @@
 // its elements of all operands before it writes any.
 #include "common.cuh"
 
-// e^-x overflows to infinity for very negative x, and the quotient is then zero, as it should be.
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + exp2_fast(x * -1.4426950408889634f)); }
-
-__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 // GELU by its tanh approximation: x (1 + tanh z) / 2 = x sigmoid(2 z).
 __device__ __forceinline__ float gelu(float x) { return x * sigmoid(1.5957691f * (x + 0.044715f * x * x * x)); }
 

@@ -2,7 +2,7 @@
 
 use specforge_testkit::Lcg;
 
-use super::{assert_near, device, on_both};
+use super::{assert_near, assert_near_within, device, on_both};
 use crate::tests::{Op, bits, matrix, normal};
 use crate::{DType, Device, Grads, ParamId, Params, Tape, Tensor, Weight};
 
@@ -108,4 +108,33 @@ fn a_cuda_optimizer_step_leaves_stacks_together() {
         device.kernels().adamw(&mut [tensor], &crate::tests::adam::STEP).unwrap().wait().unwrap();
     }
     assert!(lie_together(&[0, 1, 2].map(|i| &params.get(ids[i]).value)));
+}
+
+/// A weight used five times over its own output, as in test-time training: its gradient is one product over all rows.
+#[test]
+fn cuda_a_weight_used_again_and_again_has_the_sum_of_its_gradients() {
+    let Some(device) = device() else { return };
+    for n in [1, 33, 200, 2100] {
+        let mut rng = Lcg::new(17);
+        let mut x = |shape: &[usize], scale: f32| matrix(rng.normals(shape.iter().product(), scale), shape);
+        let leaves = vec![x(&[n, 64], 1.0)];
+        let params = vec![x(&[256, 64], 0.125), x(&[64, 128], 0.03), x(&[64, 128], 0.125)];
+        let op = Op::new(leaves, params, |t, v, p| {
+            let (gate_up, down, half) =
+                (Weight::of(p[0]), Weight::of(p[1]), Weight::of(p[2]).columns(64..128));
+            let mut h = v[0].clone();
+            for _ in 0..5 {
+                let a = t.linear(&h, &half)?;
+                h = t.swiglu_linear_add(&t.linear(&a, &gate_up)?, &down, &h)?;
+            }
+            Ok(h)
+        });
+        let [here, there] = on_both(&op, device, DType::Bf16);
+        let ((_, _, want), (_, _, got)) = (here.gradients(3), there.gradients(3));
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            // Five layers of intermediate values in bfloat16.
+            assert_near_within(&format!("{n} rows, gradient {i}"), got, want, 3e-2);
+        }
+        assert_eq!(super::all_bits(&there), super::all_bits(&there), "{n} rows: the same bits");
+    }
 }
