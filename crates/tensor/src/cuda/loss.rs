@@ -158,11 +158,7 @@ impl<'a> Teacher<'a> {
                 logits_of(&self.values, first, &in_bf16(head)?, &logits, n)?;
                 logits
             }
-            TeacherRows::Logits(_) => {
-                let index =
-                    Tensor::from_u32(self.values.device(), (first as u32..(first + n) as u32).collect());
-                rows::gather(&self.values, &index)?
-            }
+            TeacherRows::Logits(_) => self.values.rows(first..first + n)?,
         };
         let lse = output(&logits, DType::F32, &[n])?;
         let args = args![at(&lse)?, at(&logits)?, n as i32, self.vocab as i32, self.vocab as i64];
