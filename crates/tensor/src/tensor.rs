@@ -257,7 +257,7 @@ impl Tensor {
         }
         let (shape, elements) = ([range.len(), width], range.start * width..range.end * width);
         if let Some(stored) = self.stored() {
-            return Ok(Self::from_stored(self.device, stored.slice(elements)?, &shape));
+            return Ok(Self::from_stored(self.device, stored.slice_rows(range, width)?, &shape));
         }
         let buffer = match &*self.buffer {
             Buffer::F32(v) => Buffer::F32(v[elements].to_vec()),

@@ -222,6 +222,12 @@ impl Stored {
         Ok(Self::over(self.memory()?.clone(), first, self.dtype, elements.len()))
     }
 
+    /// Some of its rows, in the same memory; with their scales.
+    pub(crate) fn slice_rows(&self, rows: Range<usize>, width: usize) -> Result<Self> {
+        let scales = self.scales.as_ref().map(|(memory, first)| (memory.clone(), first + 4 * rows.start));
+        Ok(Self { scales, ..self.slice(rows.start * width..rows.end * width)? })
+    }
+
     /// Copies of several storages, one after the other in one piece of memory; their scales too.
     pub(crate) fn together(all: &[&Self]) -> Result<Vec<Self>> {
         let gpu = all[0].gpu;
