@@ -43,8 +43,8 @@ pub use kernels::{
 };
 pub use later::Later;
 pub use ops::{
-    Attention, Collected, Delta, Experts, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, Rope, SoftTargetLoss,
-    RouterParams, Teacher, Weight,
+    Attention, Collected, Delta, Experts, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, Rope,
+    RouterParams, SoftTargetLoss, Teacher, Weight,
 };
 pub use params::{Param, ParamId, Params};
 pub use tape::{Tape, Var};

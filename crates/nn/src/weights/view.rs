@@ -155,6 +155,6 @@ fn f8e4m3_to_f32(byte: u8) -> f32 {
 }
 
 /// OCP microscaling scale, E8M0: a power of two with bias 127, NaN is all ones.
-fn f8e8m0_to_f32(byte: u8) -> f32 {
+pub(super) fn f8e8m0_to_f32(byte: u8) -> f32 {
     if byte == 0xff { f32::NAN } else { 2f64.powi(i32::from(byte) - 127) as f32 }
 }

@@ -15,7 +15,8 @@ pub(super) fn rule(inputs: &DeltaInputs<'_>, states: &mut Tensor) -> Result<Tens
     let known = DELTA_DIMS.iter().find(|(dim, _)| *dim == s.key_dim);
     let Some(&(_, defines)) = known.filter(|_| s.value_dim <= MOST) else {
         let (keys, values) = (s.key_dim, s.value_dim);
-        let why = format!("keys of {keys} and values of {values} elements; there are kernels for 16, 64, 128");
+        let why =
+            format!("keys of {keys} and values of {values} elements; there are kernels for 16, 64, 128");
         return Err(Error::Unsupported { op: "delta_rule", why });
     };
     let qkv = in_bf16(inputs.qkv)?;

@@ -68,7 +68,13 @@ pub struct Routes {
 
 impl Routes {
     /// Sorts the experts of all pairs, `[R·K]` numbers below `n_experts`.
-    pub(crate) fn sorted(device: Device, n_experts: usize, k: usize, experts: &[u32], weights: Tensor) -> Self {
+    pub(crate) fn sorted(
+        device: Device,
+        n_experts: usize,
+        k: usize,
+        experts: &[u32],
+        weights: Tensor,
+    ) -> Self {
         let mut next = vec![0; n_experts];
         experts.iter().for_each(|&e| next[e as usize] += 1);
         let mut first = 0;

@@ -58,8 +58,7 @@ impl Tape<'_> {
         expect_shape(OP, "a_log", a_log, &[s.value_heads])?;
         expect_shape(OP, "dt_bias", dt_bias, &[s.value_heads])?;
         let (qkv, b, a) = (delta.qkv.value(), delta.b.columns(), delta.a.columns());
-        let inputs =
-            DeltaInputs { shape: s, qkv, b, a, a_log, dt_bias, from: delta.from, to: delta.to };
+        let inputs = DeltaInputs { shape: s, qkv, b, a, a_log, dt_bias, from: delta.from, to: delta.to };
         Ok(self.input(qkv.device().kernels().delta_rule(&inputs, states)?))
     }
 }
