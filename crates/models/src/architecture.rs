@@ -64,7 +64,7 @@ const DEEPSEEK: Architecture = Architecture {
 
 const QWEN3_5: Architecture = Architecture {
     settings: qwen3_5::settings,
-    frame: qwen3_next::frame,
+    frame: |_| Ok(qwen3_next::frame()),
     layers: qwen3_5::dense_layers,
     ..LLAMA
 };
@@ -88,17 +88,17 @@ const KNOWN: [Architecture; 25] = [
     Architecture { name: "Lfm2ForCausalLM", model_type: "lfm2", settings: lfm2::settings, frame: lfm2::frame, layers: lfm2::layers, ..LLAMA },
     Architecture { name: "MixtralForCausalLM", model_type: "mixtral", layers: mixtral::layers, ..LLAMA },
     Architecture { name: "Qwen3MoeForCausalLM", model_type: "qwen3_moe", layers: qwen3_moe::layers, ..LLAMA },
-    Architecture { name: "Qwen3NextForCausalLM", model_type: "qwen3_next", settings: qwen3_next::settings, frame: qwen3_next::frame, layers: qwen3_next::layers, ..LLAMA },
+    Architecture { name: "Qwen3NextForCausalLM", model_type: "qwen3_next", settings: qwen3_next::settings, frame: |_| Ok(qwen3_next::frame()), layers: qwen3_next::layers, ..LLAMA },
     Architecture { name: "Qwen3_5ForCausalLM", model_type: "qwen3_5_text", ..QWEN3_5 },
-    Architecture { name: "Qwen3_5ForConditionalGeneration", model_type: "qwen3_5", frame: qwen3_5::composite_frame, ..QWEN3_5 },
+    Architecture { name: "Qwen3_5ForConditionalGeneration", model_type: "qwen3_5", frame: |_| Ok(qwen3_5::composite_frame()), ..QWEN3_5 },
     Architecture { name: "Qwen3_5MoeForCausalLM", model_type: "qwen3_5_moe_text", ..QWEN3_5_MOE },
-    Architecture { name: "Qwen3_5MoeForConditionalGeneration", model_type: "qwen3_5_moe", frame: qwen3_5::composite_frame, ..QWEN3_5_MOE },
+    Architecture { name: "Qwen3_5MoeForConditionalGeneration", model_type: "qwen3_5_moe", frame: |_| Ok(qwen3_5::composite_frame()), ..QWEN3_5_MOE },
     Architecture { name: "Glm4MoeForCausalLM", model_type: "glm4_moe", head_dim: Some(128), layers: glm4_moe::layers, ..LLAMA },
     Architecture { name: "GptOssForCausalLM", model_type: "gpt_oss", settings: gpt_oss::settings, layers: gpt_oss::layers, ..LLAMA },
     Architecture { name: "DeepseekV2ForCausalLM", model_type: "deepseek_v2", layers: deepseek::layers_v2, ..DEEPSEEK },
     Architecture { name: "DeepseekV3ForCausalLM", model_type: "deepseek_v3", ..DEEPSEEK },
     Architecture { name: "Llama4ForCausalLM", model_type: "llama4_text", ..LLAMA4 },
-    Architecture { name: "Llama4ForConditionalGeneration", model_type: "llama4", frame: llama4::composite_frame, ..LLAMA4 },
+    Architecture { name: "Llama4ForConditionalGeneration", model_type: "llama4", frame: |_| Ok(llama4::composite_frame()), ..LLAMA4 },
 ];
 
 /// The architecture of a configuration.

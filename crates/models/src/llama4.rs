@@ -103,8 +103,8 @@ pub(crate) fn settings(config: Value) -> Value {
 }
 
 /// What stands around the layers of a checkpoint that has a vision tower beside the language model.
-pub(crate) fn composite_frame(_: &TargetInfo) -> Result<Frame> {
-    Ok(Frame { prefix: "language_model.", ..Frame::default() })
+pub(crate) fn composite_frame() -> Frame {
+    Frame { prefix: "language_model.", ..Frame::default() }
 }
 
 /// All decoder layers.

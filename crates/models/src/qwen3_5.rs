@@ -31,8 +31,8 @@ pub(crate) fn settings(config: Value) -> Value {
 }
 
 /// What stands around the layers of a checkpoint with a vision tower.
-pub(crate) fn composite_frame(info: &TargetInfo) -> Result<Frame> {
-    Ok(Frame { body: "model.language_model", ..qwen3_next::frame(info)? })
+pub(crate) fn composite_frame() -> Frame {
+    Frame { body: "model.language_model", ..qwen3_next::frame() }
 }
 
 /// All decoder layers, with MLPs.

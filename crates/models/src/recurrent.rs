@@ -55,11 +55,11 @@ impl Pass<'_, '_> {
         let (cache, first, tree) = match &mut self.sight {
             Sight::Cached { cache, first, tree } => (cache, *first, *tree),
             Sight::Documents(bounds) => {
-                let index = (0..taps).rev().flat_map(|k| document_rows(bounds, k)).collect();
+                let index: Vec<u32> = (0..taps).rev().flat_map(|k| document_rows(bounds, k)).collect();
                 let mut from = vec![NONE; n];
                 bounds.iter().filter(|rows| !rows.is_empty()).for_each(|rows| from[rows.start] = 0);
                 let plan = Plan { from, to: vec![NONE; n], settled: 0, end: None, n_states: 1 };
-                return run(self, rule, [qkv, ba], index, &plan, &mut zeros(1)?);
+                return run(self, rule, [qkv, ba], &index, &plan, &mut zeros(1)?);
             }
         };
         cache.append(self.layer, &[qkv.value(), ba.value()])?;
@@ -72,7 +72,7 @@ impl Pass<'_, '_> {
         let mut states = state.map_or_else(|| zeros(1), Ok)?;
         states.append_rows(&zeros(plan.n_states - 1)?)?;
         let (qkv, ba) = (tape.input(qkv), tape.input(ba));
-        let out = run(self, rule, [&qkv, &ba], index, &plan, &mut states)?;
+        let out = run(self, rule, [&qkv, &ba], &index, &plan, &mut states)?;
         let settled = (first > 0).then_some((first, plan.settled));
         let after = plan.end.map(|slot| (first + n, slot));
         let keep = |(rows, slot): (usize, u32)| Ok((rows, one_row(&states, slot)?));
@@ -88,13 +88,13 @@ fn run(
     pass: &Pass<'_, '_>,
     rule: &DeltaRule,
     [qkv, ba]: [&Var; 2],
-    index: Vec<u32>,
+    index: &[u32],
     plan: &Plan,
     states: &mut Tensor,
 ) -> Result<Var> {
     let (tape, device) = (pass.tape, qkv.value().device());
     let of = |index: &[u32]| Tensor::from_u32(device, index.to_vec());
-    let qkv = tape.short_conv(qkv, &of(&index), rule.taps)?;
+    let qkv = tape.short_conv(qkv, &of(index), rule.taps)?;
     let qkv = tape.activated(&qkv, specforge_tensor::Activation::Silu)?;
     let (b, a) = (Part::new(ba, 0), Part::new(ba, rule.shape.value_heads));
     let (from, to) = (of(&plan.from), of(&plan.to));

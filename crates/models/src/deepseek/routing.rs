@@ -69,7 +69,9 @@ impl RoutingConfig {
             "softmax" => Scoring::Softmax,
             "sigmoid" => Scoring::Sigmoid,
             _ => {
-                return Err(info.wrong("scoring_func", "unknown router function, expected softmax or sigmoid"));
+                return Err(
+                    info.wrong("scoring_func", "unknown router function, expected softmax or sigmoid")
+                );
             }
         };
         let (is_corrected, best) = match self.topk_method.as_deref().unwrap_or(method) {
