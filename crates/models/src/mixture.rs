@@ -114,7 +114,6 @@ impl Mixture {
     ) -> Result<Self> {
         let MixtureShape { n_experts: n, width: i, rule } = shape;
         let h = info.hidden_size;
-        let weight = loader.tensor("gate.weight", &[n, h])?;
         let mut experts = loader.at("experts");
         let is_stacked = experts.has("gate_up_proj");
         if !is_stacked && experts.has(&format!("{n}.{gate}.weight")) {
@@ -129,6 +128,7 @@ impl Mixture {
         } else {
             (experts.experts_apart(n, &[(gate, i), (up, i)], h)?, experts.experts_apart(n, &[(down, h)], i)?)
         };
+        let weight = loader.tensor("gate.weight", &[n, h])?;
         let router = RouterParams { weight, bias: None, correction: None, rule };
         let gate = ExpertGate::Swiglu;
         Ok(Self { router, gate_up, gate, down, scales_input: false, shared: None, width: i })

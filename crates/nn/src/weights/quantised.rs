@@ -71,3 +71,6 @@ fn widened(block: &[u8], scale: u8) -> impl Iterator<Item = bf16> + '_ {
     };
     block.iter().flat_map(move |byte| [value(byte & 0xf), value(byte >> 4)])
 }
+
+#[cfg(test)]
+mod tests;
