@@ -6,6 +6,7 @@ mod attention;
 mod compile;
 mod invariance;
 mod loss;
+mod mixture;
 mod stack;
 mod storage;
 mod zoo;
