@@ -69,6 +69,12 @@ impl Loader<'_> {
         each.into_iter().enumerate().map(layer).collect()
     }
 
+    /// The same loader, with matrices in their whole precision: for gates and other small ones.
+    pub(crate) fn unrounded(&mut self) -> Loader<'_> {
+        let prefix = self.prefix.clone();
+        Loader { fp8: false, prefix, ..self.at("") }
+    }
+
     /// Whether the files have a tensor of this name.
     pub(crate) fn has(&self, name: &str) -> bool {
         match self.source {
@@ -121,10 +127,11 @@ impl Loader<'_> {
         Ok(Weight::of(weight).with_bias(bias))
     }
 
-    /// In 8 bits, if matrices are.
+    /// In 8 bits, if matrices are and a device's products take this one.
     fn round(&mut self, weight: ParamId) -> Result<()> {
-        if self.fp8 {
-            let param = self.params.get_mut(weight);
+        let param = self.params.get_mut(weight);
+        let [.., n_out, n_in] = *param.value.shape() else { return Ok(()) };
+        if self.fp8 && has_8_bit_products(n_out) && has_8_bit_products(n_in) {
             param.value = param.value.quantize_rows()?;
         }
         Ok(())
@@ -143,10 +150,13 @@ impl Loader<'_> {
         n_in: usize,
         bias: bool,
     ) -> Result<Weight> {
+        // All of a stack are of one type.
+        let fp8 = self.fp8 && layers.iter().all(|(_, n_out)| has_8_bit_products(*n_out));
+        let mut loader = Loader { fp8, ..self.unrounded() };
         let layers: Vec<Weight> = layers
             .iter()
             .zip(orders)
-            .map(|((name, n_out), order)| self.linear_in_order(name, n_in, *n_out, bias, *order))
+            .map(|((name, n_out), order)| loader.linear_in_order(name, n_in, *n_out, bias, *order))
             .collect::<Result<_>>()?;
         let together = Weight::stacked(&layers.iter().collect::<Vec<_>>());
         self.params.stack(together.params())?;
@@ -212,4 +222,9 @@ impl Loader<'_> {
         let std = n_in.map_or(1.0, |n| (*n as f32).powf(-0.5));
         Ok(Tensor::random(self.device, shape, std, seed)?)
     }
+}
+
+/// Whether 8-bit products take matrices with so many rows or columns.
+fn has_8_bit_products(n: usize) -> bool {
+    n.is_multiple_of(16)
 }

@@ -66,6 +66,6 @@ fn linear(info: &TargetInfo, config: &Config, loader: &mut Loader<'_>) -> Result
     let (h, shape) = (info.hidden_size, config.shape());
     let (z, heads) = (shape.value_heads * shape.value_dim, shape.value_heads);
     let qkvz = loader.stacked(&[("in_proj_qkv", shape.width()), ("in_proj_z", z)], h, false)?;
-    let ba = loader.stacked(&[("in_proj_b", heads), ("in_proj_a", heads)], h, false)?;
+    let ba = loader.unrounded().stacked(&[("in_proj_b", heads), ("in_proj_a", heads)], h, false)?;
     LinearAttention::new(info, config, [qkvz, ba], loader)
 }

@@ -109,7 +109,7 @@ pub(crate) fn mixture(
     }
     let Shared { shared_expert_intermediate_size: width } = parse(&info.path, &info.raw)?;
     let mut mixture = Mixture::new(info, shape, loader)?;
-    let gate = loader.linear("shared_expert_gate", info.hidden_size, 1, false)?;
+    let gate = loader.unrounded().linear("shared_expert_gate", info.hidden_size, 1, false)?;
     let shared = Mlp::of_width(width, info, false, &mut loader.at("shared_expert"))?;
     mixture.shared = Some((shared, Some(gate)));
     Ok(mixture.into())
@@ -123,7 +123,7 @@ fn by_key_head(info: &TargetInfo, config: &Config, loader: &mut Loader<'_>) -> R
     let order = apart(s.key_heads, &[s.key_dim, s.key_dim, values, values]);
     let qkvz = loader.linear_in_order("in_proj_qkvz", h, qkvz, false, Some(&order))?;
     let order = apart(s.key_heads, &[per_key, per_key]);
-    let ba = loader.linear_in_order("in_proj_ba", h, ba, false, Some(&order))?;
+    let ba = loader.unrounded().linear_in_order("in_proj_ba", h, ba, false, Some(&order))?;
     LinearAttention::new(info, config, [qkvz, ba], loader)
 }
 

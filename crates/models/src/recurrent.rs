@@ -70,7 +70,9 @@ impl Pass<'_, '_> {
         let mut rows = cache.layer(self.layer);
         let (ba, qkv) = (rows.swap_remove(1).rows(known..first + n)?, rows.swap_remove(0));
         let mut states = state.map_or_else(|| zeros(1), Ok)?;
-        states.append_rows(&zeros(plan.n_states - 1)?)?;
+        if plan.n_states > 1 {
+            states.append_rows(&zeros(plan.n_states - 1)?)?;
+        }
         let (qkv, ba) = (tape.input(qkv), tape.input(ba));
         let out = run(self, rule, [&qkv, &ba], &index, &plan, &mut states)?;
         let settled = (first > 0).then_some((first, plan.settled));

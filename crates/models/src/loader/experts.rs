@@ -86,13 +86,15 @@ impl Loader<'_> {
 
     fn drawn_experts(&mut self, name: String, shape: &[usize]) -> Result<Experts> {
         let tensor = self.draw(shape)?;
-        let tensor = if self.fp8 { tensor.quantize_rows()? } else { tensor };
-        Ok(Experts { weight: self.params.add(name, tensor, false), bias: None })
+        let weight = self.params.add(name, tensor, false);
+        self.round(weight)?;
+        Ok(Experts { weight, bias: None })
     }
 
     fn add_experts(&mut self, name: String, raw: &Raw<'_>, shape: &[usize]) -> Result<Experts> {
         let tensor = self.convert(raw, shape, None)?;
-        let tensor = if self.fp8 { tensor.quantize_rows()? } else { tensor };
-        Ok(Experts { weight: self.params.add(name, tensor, false), bias: None })
+        let weight = self.params.add(name, tensor, false);
+        self.round(weight)?;
+        Ok(Experts { weight, bias: None })
     }
 }
