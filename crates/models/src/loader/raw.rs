@@ -25,21 +25,14 @@ impl Loader<'_> {
     /// The tensor of this full name and shape. What is kept in 8 or 4 bits is widened.
     pub(super) fn read<'w>(&self, weights: &'w Weights, name: &str, shape: &[usize]) -> Result<Raw<'w>> {
         if self.quantization == Quantization::Mxfp4 && weights.has_mxfp4(name) {
-            let values = weights.mxfp4(name, shape)?;
-            let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            return Ok(Raw { dtype: Dtype::BF16, bytes: Cow::Owned(bytes) });
+            return Ok(Raw::of_bf16(&weights.mxfp4(name, shape)?));
         }
         let view = weights.require(name, shape)?;
         match (view.dtype, self.quantization, shape) {
             (Dtype::F8E4M3, Quantization::Fp8(block), &[rows, columns]) => {
-                let values = weights.fp8_blocks(name, [rows, columns], block)?;
-                let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                Ok(Raw { dtype: Dtype::F32, bytes: Cow::Owned(bytes) })
+                Ok(Raw::of_f32(&weights.fp8_blocks(name, [rows, columns], block)?))
             }
-            (Dtype::F64, ..) => {
-                let bytes = view.to_f32().iter().flat_map(|v| v.to_le_bytes()).collect();
-                Ok(Raw { dtype: Dtype::F32, bytes: Cow::Owned(bytes) })
-            }
+            (Dtype::F64, ..) => Ok(Raw::of_f32(&view.to_f32())),
             (Dtype::F32 | Dtype::BF16 | Dtype::F16, ..) => {
                 Ok(Raw { dtype: view.dtype, bytes: Cow::Borrowed(view.bytes) })
             }
@@ -75,6 +68,20 @@ impl Loader<'_> {
 }
 
 impl Raw<'_> {
+    fn of_f32(values: &[f32]) -> Self {
+        let mut bytes = vec![0; 4 * values.len()];
+        let pairs = bytes.as_chunks_mut::<4>().0.par_iter_mut().zip(values);
+        pairs.for_each(|(bytes, value)| *bytes = value.to_le_bytes());
+        Self { dtype: Dtype::F32, bytes: Cow::Owned(bytes) }
+    }
+
+    fn of_bf16(values: &[bf16]) -> Self {
+        let mut bytes = vec![0; 2 * values.len()];
+        let pairs = bytes.as_chunks_mut::<2>().0.par_iter_mut().zip(values);
+        pairs.for_each(|(bytes, value)| *bytes = value.to_le_bytes());
+        Self { dtype: Dtype::BF16, bytes: Cow::Owned(bytes) }
+    }
+
     fn to_f32(&self) -> Vec<f32> {
         let halves = || self.bytes.as_chunks::<2>().0.iter();
         match self.dtype {
@@ -86,10 +93,7 @@ impl Raw<'_> {
 
     /// With the elements of another one behind its own; in float32 where their types differ.
     pub(super) fn followed_by(self, more: Self) -> Self {
-        let widened = |raw: Self| {
-            let bytes = raw.to_f32().iter().flat_map(|v| v.to_le_bytes()).collect();
-            Self { dtype: Dtype::F32, bytes: Cow::Owned(bytes) }
-        };
+        let widened = |raw: Self| Self::of_f32(&raw.to_f32());
         let (mut all, more) =
             if self.dtype == more.dtype { (self, more) } else { (widened(self), widened(more)) };
         all.bytes.to_mut().extend_from_slice(&more.bytes);
@@ -112,14 +116,32 @@ impl Raw<'_> {
 
     /// Of matrices `[k, n]` one behind the other the transposes, row i being column `order[i]`.
     pub(super) fn transposed(&self, [k, n]: [usize; 2], order: &[usize]) -> Raw<'static> {
-        let size = self.dtype.size();
-        let matrix = |from: &[u8]| -> Vec<u8> {
-            let row = |&column: &usize| (0..k).flat_map(move |i| &from[(i * n + column) * size..][..size]);
-            order.iter().flat_map(row).copied().collect()
+        let bytes = match self.dtype.size() {
+            2 => transposed::<2>(&self.bytes, [k, n], order),
+            _ => transposed::<4>(&self.bytes, [k, n], order),
         };
-        let parts: Vec<Vec<u8>> = self.bytes.par_chunks_exact(size * k * n).map(matrix).collect();
-        Raw { dtype: self.dtype, bytes: Cow::Owned(parts.concat()) }
+        Raw { dtype: self.dtype, bytes: Cow::Owned(bytes) }
     }
+}
+
+fn transposed<const SIZE: usize>(bytes: &[u8], [k, n]: [usize; 2], order: &[usize]) -> Vec<u8> {
+    // Rows of the result per task, which read neighbouring columns together.
+    const ROWS: usize = 64;
+    let mut moved = vec![0; bytes.len() / (n * SIZE).max(1) * order.len() * SIZE];
+    let from = bytes.as_chunks::<SIZE>().0;
+    let matrices = moved
+        .par_chunks_exact_mut((k * order.len() * SIZE).max(1))
+        .zip(from.par_chunks_exact((k * n).max(1)));
+    matrices.for_each(|(to, from)| {
+        let blocks = to.par_chunks_mut(ROWS * k * SIZE).zip(order.par_chunks(ROWS));
+        blocks.for_each(|(to, columns)| {
+            let to = to.as_chunks_mut::<SIZE>().0;
+            for (i, row) in from.chunks_exact(n).enumerate() {
+                columns.iter().enumerate().for_each(|(r, &column)| to[r * k + i] = row[column]);
+            }
+        });
+    });
+    moved
 }
 
 /// Pieces of `size` bytes in another order.

@@ -3,7 +3,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::view::f8e8m0_to_f32;
+use super::view::{f8e4m3_to_f32, f8e8m0_to_f32};
 use super::{Dtype, Error, Result, View, Weights};
 
 /// Values of a 4-bit float (OCP E2M1) by its lower three bits; the fourth is the sign.
@@ -23,13 +23,15 @@ impl Weights {
         self.expect_type(name, &view, &[Dtype::F8E4M3])?;
         let floats = [Dtype::F32, Dtype::BF16, Dtype::F8E8M0];
         self.expect_type(&scale_name, &scales, &floats)?;
-        let (mut values, scales) = (view.to_f32(), scales.to_f32());
-        for (r, row) in values.chunks_exact_mut(shape[1].max(1)).enumerate() {
+        let (codes, scales) = (f8e4m3_table(), scales.to_f32());
+        let (mut values, width) = (vec![0.0; view.bytes.len()], shape[1].max(1));
+        let rows = values.par_chunks_exact_mut(width).zip(view.bytes.par_chunks_exact(width));
+        rows.enumerate().for_each(|(r, (row, bytes))| {
             let scales = &scales[r / block[0] * grid[1]..][..grid[1]];
-            for (part, scale) in row.chunks_mut(block[1]).zip(scales) {
-                part.iter_mut().for_each(|v| *v *= scale);
+            for ((part, bytes), scale) in row.chunks_mut(block[1]).zip(bytes.chunks(block[1])).zip(scales) {
+                part.iter_mut().zip(bytes).for_each(|(v, byte)| *v = codes[usize::from(*byte)] * scale);
             }
-        }
+        });
         Ok(values)
     }
 
@@ -49,8 +51,11 @@ impl Weights {
         let scales = self.require(&scales_name, &grid)?;
         self.expect_type(&blocks_name, &blocks, &[Dtype::U8])?;
         self.expect_type(&scales_name, &scales, &[Dtype::U8, Dtype::F8E8M0])?;
+        let mut values = vec![bf16::ZERO; 2 * blocks.bytes.len()];
         let pairs = blocks.bytes.par_chunks_exact(MX_BLOCK / 2).zip(scales.bytes);
-        Ok(pairs.flat_map_iter(|(block, &scale)| widened(block, scale)).collect())
+        let pairs = values.par_chunks_exact_mut(MX_BLOCK).zip(pairs);
+        pairs.for_each(|(values, (block, &scale))| widen(values, block, scale));
+        Ok(values)
     }
 
     fn expect_type(&self, name: &str, view: &View<'_>, types: &[Dtype]) -> Result<()> {
@@ -63,13 +68,20 @@ impl Weights {
     }
 }
 
-fn widened(block: &[u8], scale: u8) -> impl Iterator<Item = bf16> + '_ {
+/// The values of all codes.
+fn f8e4m3_table() -> [f32; 256] {
+    std::array::from_fn(|code| f8e4m3_to_f32(code as u8))
+}
+
+fn widen(values: &mut [bf16], block: &[u8], scale: u8) {
     let scale = f8e8m0_to_f32(scale);
-    let value = move |code: u8| {
+    let value = |code: u8| {
         let size = E2M1[usize::from(code & 7)] * scale;
         bf16::from_f32(if code & 8 == 0 { size } else { -size })
     };
-    block.iter().flat_map(move |byte| [value(byte & 0xf), value(byte >> 4)])
+    for (pair, byte) in values.as_chunks_mut::<2>().0.iter_mut().zip(block) {
+        *pair = [value(byte & 0xf), value(byte >> 4)];
+    }
 }
 
 #[cfg(test)]
