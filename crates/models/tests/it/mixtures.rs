@@ -217,15 +217,16 @@ impl Model<'_> {
     fn qwen_next(&self) -> Tensors {
         let [h, _] = self.widths();
         let is_next = self.config["architectures"][0] == "Qwen3NextForCausalLM";
-        let mut all = match self.config["layer_types"][self.layer].as_str() {
-            Some("linear_attention") => self.linear(is_next),
-            _ => {
-                let [q, _] = self.heads();
-                let mut all = [self.attention(), self.head_norms()].concat();
-                all[0].1 = vec![2 * q, h];
-                all
-            }
+        let mut all = if self.config["layer_types"][self.layer] == "linear_attention" {
+            self.linear(is_next)
+        } else {
+            [self.attention(), self.head_norms()].concat()
         };
+        // Queries and gates.
+        let [q, _] = self.heads();
+        all.iter_mut()
+            .filter(|(name, _)| name == "self_attn.q_proj.weight")
+            .for_each(|t| t.1 = vec![2 * q, h]);
         if self.config["num_experts"].is_null() {
             all.extend(self.plain_mlp("mlp", self.n("intermediate_size")));
         } else {

@@ -24,11 +24,14 @@ pub(super) fn route(x: &Tensor, router: &Router<'_>) -> Result<Routes> {
     }
     let (experts, weights) = (new(gpu, DType::U32, &[rows * k])?, new(gpu, DType::F32, &[rows * k, 1])?);
     if rows > 0 {
-        let correction = router.correction.map(|c| c.cast(DType::F32)).transpose()?;
+        // The library would take a bias of the type of its product: the kernel adds it.
+        let wide = |t: Option<&Tensor>| t.map(|t| t.cast(DType::F32)).transpose();
+        let (bias, correction) = (wide(router.bias)?, wide(router.correction)?);
         let args = args![
             at(&experts)?,
             at(&weights)?,
             at(&logits)?,
+            bias.as_ref().map_or(Ok(0), at)?,
             correction.as_ref().map_or(Ok(0), at)?,
             rows as i32,
             n as i32,
@@ -46,17 +49,16 @@ pub(super) fn route(x: &Tensor, router: &Router<'_>) -> Result<Routes> {
     Ok(Routes::sorted(x.device(), n, k, &experts.to_u32(), weights))
 }
 
-/// The router's logits in float32.
+/// The router's logits in float32, without its bias.
 fn logits(x: &Tensor, router: &Router<'_>) -> Result<Tensor> {
     let (x, w) = (in_bf16(x)?, in_bf16(router.weight)?);
-    let bias = router.bias.map(in_bf16).transpose()?;
     let ((m, k), n) = (x.rows_cols(), w.rows_cols().0);
     let y = output(&x, DType::F32, &[m, n])?;
     if m > 0 {
         let b = Operand { transposed: true, ..plain(at(&w)?, k) };
-        let (a, d, bias) = (plain(at(&x)?, k), plain(at(&y)?, n), bias.as_ref().map(at).transpose()?);
+        let (a, d) = (plain(at(&x)?, k), plain(at(&y)?, n));
         let (input, output) = (GemmType::Bf16, GemmType::F32);
-        product(&x, &Gemm { m, n, k, a, b, input, d, output, c: None, bias, scales: None })?;
+        product(&x, &Gemm { m, n, k, a, b, input, d, output, c: None, bias: None, scales: None })?;
     }
     Ok(y)
 }

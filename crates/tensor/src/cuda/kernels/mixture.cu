@@ -30,28 +30,29 @@ __device__ __forceinline__ u32 take_best(float* values, int n, float& value) {
   return at;
 }
 
-// Experts [R, top_k] and weights [R, top_k] of R rows of logits [R, n], as `pick` of cpu/mixture.rs has it. A group is
-// worth the sum of its `best` best experts. correction may be null.
+// Experts [R, top_k] and weights [R, top_k] of R rows of logits [R, n] without their bias, as `pick` of cpu/mixture.rs
+// has it. A group is worth the sum of its `best` (1 or 2) best experts. bias and correction may be null.
 // Block 128; grid ceil(R / 4); no dynamic shared memory. n at most 1024, groups at most 32.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    route(u32* experts, float* weights, const float* logits, const float* correction, int rows, int n, int top_k,
-          int groups, int kept, int best, bool is_softmax, bool is_normalised, float scale) {
+    route(u32* experts, float* weights, const float* logits, const float* bias, const float* correction, int rows,
+          int n, int top_k, int groups, int kept, int best, bool is_softmax, bool is_normalised, float scale) {
   __shared__ float all_worth[WARPS][MOST_EXPERTS];
   const int lane = threadIdx.x % 32;
   const i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
   if (row >= rows) return;
   float* worth = all_worth[threadIdx.x / 32];
   logits += row * n;
+  auto logit = [&](u32 i) { return bias ? logits[i] + bias[i] : logits[i]; };
   float top = -INF, sum = 0.f;
-  for (int i = lane; i < n; i += 32) top = fmaxf(top, logits[i]);
+  for (int i = lane; i < n; i += 32) top = fmaxf(top, logit(i));
   top = warp_max(top);
-  for (int i = lane; i < n; i += 32) sum += expf(logits[i] - top);
+  for (int i = lane; i < n; i += 32) sum += expf(logit(i) - top);
   sum = warp_sum(sum);
   auto score = [&](u32 i) {
-    return is_softmax ? expf(logits[i] - top) / sum : 1.f / (1.f + expf(-logits[i]));
+    return is_softmax ? expf(logit(i) - top) / sum : 1.f / (1.f + expf(-logit(i)));
   };
   for (int i = lane; i < n; i += 32) {
-    const float v = correction ? score(i) + correction[i] : logits[i];
+    const float v = correction ? score(i) + correction[i] : logit(i);
     worth[i] = v == v ? v : -INF;  // what is no number counts as the smallest
   }
   __syncwarp();
@@ -59,7 +60,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const int size = n / groups;
     float value = __int_as_float(0x7fc00000);
     if (lane < groups) {
-      // The sum of the `best` (1 or 2) best of the lane's group.
       float first = -INF, second = -INF;
       for (int i = lane * size; i < (lane + 1) * size; ++i) {
         const float v = worth[i];
