@@ -8,7 +8,8 @@ use crate::frame::Frame;
 use crate::loader::Loader;
 use crate::pass::Layers;
 use crate::{
-    Error, Result, TargetInfo, gemma2, gemma3, glm4, granite, lfm2, llama, mistral, olmo2, phi3, qwen2, qwen3,
+    Error, Result, TargetInfo, deepseek, gemma2, gemma3, glm4, glm4_moe, gpt_oss, granite, lfm2, llama,
+    llama4, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_5, qwen3_moe, qwen3_next,
 };
 
 /// One architecture.
@@ -52,9 +53,27 @@ const GEMMA2: Architecture = Architecture {
 const GEMMA3: Architecture =
     Architecture { settings: gemma3::settings, frame: gemma3::frame, layers: gemma3::layers, ..GEMMA2 };
 
+const LLAMA4: Architecture = Architecture { settings: llama4::settings, layers: llama4::layers, ..LLAMA };
+
+const DEEPSEEK: Architecture = Architecture {
+    settings: deepseek::settings,
+    frame: deepseek::frame,
+    layers: deepseek::layers_v3,
+    ..LLAMA
+};
+
+const QWEN3_5: Architecture = Architecture {
+    settings: qwen3_5::settings,
+    frame: |_| Ok(qwen3_next::frame()),
+    layers: qwen3_5::dense_layers,
+    ..LLAMA
+};
+
+const QWEN3_5_MOE: Architecture = Architecture { layers: qwen3_5::moe_layers, ..QWEN3_5 };
+
 /// All architectures: a new one is a file and a line here.
 #[rustfmt::skip]
-const KNOWN: [Architecture; 12] = [
+const KNOWN: [Architecture; 25] = [
     LLAMA,
     Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", layers: qwen2::layers, ..LLAMA },
     Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", head_dim: Some(128), layers: qwen3::layers, ..LLAMA },
@@ -67,6 +86,19 @@ const KNOWN: [Architecture; 12] = [
     Architecture { name: "Gemma3ForCausalLM", model_type: "gemma3_text", ..GEMMA3 },
     Architecture { name: "Gemma3ForConditionalGeneration", model_type: "gemma3", frame: gemma3::composite_frame, ..GEMMA3 },
     Architecture { name: "Lfm2ForCausalLM", model_type: "lfm2", settings: lfm2::settings, frame: lfm2::frame, layers: lfm2::layers, ..LLAMA },
+    Architecture { name: "MixtralForCausalLM", model_type: "mixtral", layers: mixtral::layers, ..LLAMA },
+    Architecture { name: "Qwen3MoeForCausalLM", model_type: "qwen3_moe", layers: qwen3_moe::layers, ..LLAMA },
+    Architecture { name: "Qwen3NextForCausalLM", model_type: "qwen3_next", settings: qwen3_next::settings, frame: |_| Ok(qwen3_next::frame()), layers: qwen3_next::layers, ..LLAMA },
+    Architecture { name: "Qwen3_5ForCausalLM", model_type: "qwen3_5_text", ..QWEN3_5 },
+    Architecture { name: "Qwen3_5ForConditionalGeneration", model_type: "qwen3_5", frame: |_| Ok(qwen3_5::composite_frame()), ..QWEN3_5 },
+    Architecture { name: "Qwen3_5MoeForCausalLM", model_type: "qwen3_5_moe_text", ..QWEN3_5_MOE },
+    Architecture { name: "Qwen3_5MoeForConditionalGeneration", model_type: "qwen3_5_moe", frame: |_| Ok(qwen3_5::composite_frame()), ..QWEN3_5_MOE },
+    Architecture { name: "Glm4MoeForCausalLM", model_type: "glm4_moe", head_dim: Some(128), layers: glm4_moe::layers, ..LLAMA },
+    Architecture { name: "GptOssForCausalLM", model_type: "gpt_oss", settings: gpt_oss::settings, layers: gpt_oss::layers, ..LLAMA },
+    Architecture { name: "DeepseekV2ForCausalLM", model_type: "deepseek_v2", layers: deepseek::layers_v2, ..DEEPSEEK },
+    Architecture { name: "DeepseekV3ForCausalLM", model_type: "deepseek_v3", ..DEEPSEEK },
+    Architecture { name: "Llama4ForCausalLM", model_type: "llama4_text", ..LLAMA4 },
+    Architecture { name: "Llama4ForConditionalGeneration", model_type: "llama4", frame: |_| Ok(llama4::composite_frame()), ..LLAMA4 },
 ];
 
 /// The architecture of a configuration.

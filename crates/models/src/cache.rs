@@ -3,7 +3,7 @@
 
 use specforge_tensor::{Device, Tensor};
 
-use crate::pass::window_start;
+use crate::reach::Reach;
 use crate::{Error, Result, Target};
 
 /// Keys and values of one sequence, per layer; after [`Target::extend`] with a tree, its nodes too.
@@ -13,6 +13,9 @@ use crate::{Error, Result, Target};
 pub struct KvCache {
     /// Keys and values, each `[rows, n_kv_heads · head_dim]`; or what a layer reads of earlier rows instead.
     layers: Vec<Vec<Tensor>>,
+    /// Per layer with a recurrence, its state after so many rows, at two places at most: before the last extension, and
+    /// after it where that was no tree. What lies between is computed again from the cached rows.
+    states: Vec<Vec<(usize, Tensor)>>,
     /// Rows before the last extension, and the parents of the rows in it.
     last: (usize, Vec<u32>),
     is_tree: bool,
@@ -30,8 +33,9 @@ impl KvCache {
             Ok(rows)
         };
         let layer = |widths: &Vec<usize>| widths.iter().map(empty).collect::<Result<_>>();
-        let layers = target.cached().iter().map(layer).collect::<Result<_>>()?;
-        Ok(Self { layers, last: (0, Vec::new()), is_tree: false })
+        let layers: Vec<_> = target.cached().iter().map(layer).collect::<Result<_>>()?;
+        let states = vec![Vec::new(); layers.len()];
+        Ok(Self { layers, states, last: (0, Vec::new()), is_tree: false })
     }
 
     /// Rows held: the sequence, and the nodes of a tree that is not settled yet.
@@ -74,6 +78,7 @@ impl KvCache {
         if n < self.len() {
             self.layers.iter_mut().flatten().for_each(|rows| rows.truncate_rows(n));
         }
+        self.states.iter_mut().for_each(|states| states.retain(|(at, _)| *at <= n));
         self.last = (self.len(), Vec::new());
         self.is_tree = false;
     }
@@ -112,6 +117,16 @@ impl KvCache {
     /// What is cached of one layer; the storage is shared, so they have to be dropped before the next append.
     pub(crate) fn layer(&self, layer: usize) -> Vec<Tensor> {
         self.layers[layer].clone()
+    }
+
+    /// The last known state of a layer after at most `n` rows, and after how many; nothing is known of no rows.
+    pub(crate) fn state(&self, layer: usize, n: usize) -> Option<(usize, Tensor)> {
+        self.states[layer].iter().rfind(|(at, _)| *at <= n).cloned()
+    }
+
+    /// Replaces what is known of a layer's state, in ascending order of rows.
+    pub(crate) fn keep_states(&mut self, layer: usize, states: Vec<(usize, Tensor)>) {
+        self.states[layer] = states;
     }
 
     /// Whether the cache holds layers of rows of these widths on this device.
@@ -169,17 +184,28 @@ impl Tree {
         self.paths.iter().map(row).collect()
     }
 
+    /// The parent of a node, if that is a node.
+    pub(crate) fn parent(&self, node: usize) -> Option<usize> {
+        self.paths[node].iter().rev().nth(1).map(|&parent| parent as usize)
+    }
+
+    /// Nodes.
+    pub(crate) fn len(&self) -> usize {
+        self.paths.len()
+    }
+
     /// The cached rows that each node sees.
-    pub(crate) fn spans(&self, first: usize, window: Option<usize>) -> Vec<(u32, u32)> {
-        let start = |node| window_start(first + self.depth(node), window).min(first);
+    pub(crate) fn spans(&self, first: usize, reach: Reach) -> Vec<(u32, u32)> {
+        let start = |node| reach.start(first + self.depth(node)).min(first);
         (0..self.paths.len()).map(|node| (start(node) as u32, first as u32)).collect()
     }
 
-    /// For every depth, the node of that depth which each node sees: an ancestor or itself, `u32::MAX` for none.
-    pub(crate) fn ancestors(&self, window: Option<usize>) -> Vec<Vec<u32>> {
+    /// For every depth, the node of that depth which each node sees: an ancestor or itself, `u32::MAX` for none. The
+    /// sequence below has `first` rows.
+    pub(crate) fn ancestors(&self, first: usize, reach: Reach) -> Vec<Vec<u32>> {
         let deepest = self.paths.iter().map(Vec::len).max().unwrap_or(0);
         let seen = |path: &Vec<u32>, depth: usize| {
-            let is_near = depth >= window_start(path.len() - 1, window);
+            let is_near = first + depth >= reach.start(first + path.len() - 1);
             path.get(depth).copied().filter(|_| is_near).unwrap_or(u32::MAX)
         };
         (0..deepest).map(|depth| self.paths.iter().map(|path| seen(path, depth)).collect()).collect()
@@ -198,16 +224,22 @@ mod tests {
         let tree = Tree::new(&[NONE, 0, 0, 1, NONE]).unwrap();
         assert!(!tree.is_chain());
         let all = [vec![0, 0, 0, 0, 4], vec![NONE, 1, 2, 1, NONE], vec![NONE, NONE, NONE, 3, NONE]];
-        assert_eq!(tree.ancestors(None), all);
-        assert_eq!(tree.ancestors(Some(3)), all);
-        assert_eq!(tree.ancestors(Some(2))[0], [0, 0, 0, NONE, 4]);
-        assert_eq!(tree.spans(5, None), [(0, 5); 5]);
-        assert_eq!(tree.spans(5, Some(3)), [(3, 5), (4, 5), (4, 5), (5, 5), (3, 5)]);
+        assert_eq!(tree.ancestors(5, Reach::All), all);
+        assert_eq!(tree.ancestors(5, Reach::Window(3)), all);
+        assert_eq!(tree.ancestors(5, Reach::Window(2))[0], [0, 0, 0, NONE, 4]);
+        assert_eq!(tree.spans(5, Reach::All), [(0, 5); 5]);
+        assert_eq!(tree.spans(5, Reach::Window(3)), [(3, 5), (4, 5), (4, 5), (5, 5), (3, 5)]);
+        // Chunks are of positions: nodes of depth 1 stand at 6, where the second begins.
+        assert_eq!(tree.spans(5, Reach::Chunk(6)), [(0, 5), (5, 5), (5, 5), (5, 5), (0, 5)]);
+        let apart =
+            [vec![0, NONE, NONE, NONE, 4], vec![NONE, 1, 2, 1, NONE], vec![NONE, NONE, NONE, 3, NONE]];
+        assert_eq!(tree.ancestors(5, Reach::Chunk(6)), apart);
     }
 
     #[test]
     fn a_node_follows_its_path_and_then_the_sequence() {
         let tree = Tree::new(&[NONE, 0, 0, 1, NONE]).unwrap();
+        assert_eq!([0, 1, 2, 3, 4].map(|node| tree.parent(node)), [None, Some(0), Some(0), Some(1), None]);
         assert_eq!(tree.rows_before(2, 0), [2, 3, 4, 5, 6]);
         assert_eq!(tree.rows_before(2, 1), [1, 2, 2, 3, 1]);
         assert_eq!(tree.rows_before(2, 3), [NONE, 0, 0, 1, NONE]);

@@ -48,6 +48,21 @@ pub(crate) fn flattened(mut config: Value) -> Value {
     config
 }
 
+/// A number that has several names: the first key that is given, and its value. All that are given have to agree.
+pub(crate) fn count<'k>(info: &TargetInfo, keys: &[&'k str]) -> Result<(&'k str, usize)> {
+    let mut given = keys.iter().copied().filter(|key| !info.raw[*key].is_null());
+    let Some(key) = given.next() else {
+        return Err(info.wrong(keys[0], format!("expected a number under one of {}", keys.join(", "))));
+    };
+    let Some(n) = info.raw[key].as_u64().filter(|n| *n > 0) else {
+        return Err(info.wrong(key, "expected a number of at least 1"));
+    };
+    match given.find(|other| info.raw[*other] != info.raw[key]) {
+        Some(other) => Err(info.wrong(other, format!("but {key} = {n}: which is it?"))),
+        None => Ok((key, n as usize)),
+    }
+}
+
 /// The nearest bfloat16.
 pub(crate) fn bf16_rounded(value: f32) -> f32 {
     half::bf16::from_f32(value).to_f32()

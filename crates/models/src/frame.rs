@@ -7,6 +7,8 @@ use specforge_nn::rope::RopeConfig;
 pub(crate) struct Frame {
     /// What the names of all weights begin with.
     pub prefix: &'static str,
+    /// The part with embedding, layers and last norm, below the prefix.
+    pub body: &'static str,
     /// The norm after the last layer.
     pub norm: &'static str,
     /// What the weights of norms are stored minus.
@@ -29,7 +31,8 @@ impl Default for Frame {
     fn default() -> Self {
         Self {
             prefix: "",
-            norm: "model.norm",
+            body: "model",
+            norm: "norm",
             norm_offset: 0.0,
             embedding_scale: 1.0,
             attention_scale: None,

@@ -60,7 +60,7 @@ impl Glm4Layer {
 /// For each row of a projection to heads, the row of the checkpoint that goes there: of each head the even elements of
 /// the rotated part, then its odd ones, then the rest. Rotating halves then is what rotating neighbours was, and scores
 /// do not see the order, which queries and keys share.
-fn half_split(n_heads: usize, d: usize, half: usize) -> Vec<usize> {
+pub(crate) fn half_split(n_heads: usize, d: usize, half: usize) -> Vec<usize> {
     let head: Vec<usize> =
         (0..half).map(|j| 2 * j).chain((0..half).map(|j| 2 * j + 1)).chain(2 * half..d).collect();
     (0..n_heads).flat_map(|n| head.iter().map(move |j| n * d + j)).collect()

@@ -8,6 +8,7 @@ use specforge_nn::rope::RopeConfig;
 use specforge_tensor::AttentionShape;
 
 use crate::config::{parse, read_json};
+use crate::quantization::Quantization;
 use crate::{Error, Result, architecture};
 
 /// A target's description.
@@ -60,6 +61,7 @@ struct Common {
     num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
+    qk_rope_head_dim: Option<usize>,
     intermediate_size: usize,
     #[serde(default = "default_eps")]
     rms_norm_eps: f64,
@@ -124,7 +126,8 @@ impl TargetInfo {
         let common: Common = parse(path, &raw)?;
         expect_sizes(path, &raw)?;
         let head_dim = head_dim(path, &raw, &common, architecture.head_dim)?;
-        let rope = RopeConfig::from_json(&raw, head_dim)
+        // Multi-head latent attention rotates a part of each head, whose width has a key of its own.
+        let rope = RopeConfig::from_json(&raw, common.qk_rope_head_dim.unwrap_or(head_dim))
             .map_err(|source| Error::Rope { path: path.to_path_buf(), source })?;
         let info = Self {
             architecture: architecture.name.to_owned(),
@@ -186,10 +189,7 @@ impl TargetInfo {
             let why = format!("this activation is not supported, expected {:?}", activations[0]);
             return Err(self.wrong("hidden_act", why));
         }
-        if self.raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
-            let why = "quantised weights are not supported; use the unquantised checkpoint of the model";
-            return Err(self.wrong("quantization_config", why));
-        }
+        Quantization::of(self)?;
         if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps < 1.0) {
             return Err(self.wrong("rms_norm_eps", "expected a small number, not below 0"));
         }
@@ -206,6 +206,7 @@ fn expect_sizes(path: &Path, raw: &Value) -> Result<()> {
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
+        "qk_rope_head_dim",
         "intermediate_size",
         "max_position_embeddings",
     ] {

@@ -88,7 +88,7 @@ pub(crate) fn frame(info: &TargetInfo) -> Result<Frame> {
     if parse::<Config>(&info.path, &info.raw)?.conv_bias {
         return Err(info.wrong("conv_bias", "convolutions with a bias are not supported"));
     }
-    Ok(Frame { norm: "model.embedding_norm", ..Frame::default() })
+    Ok(Frame { norm: "embedding_norm", ..Frame::default() })
 }
 
 /// All layers.
@@ -112,7 +112,12 @@ impl Lfm2Layer {
             operator_norm: loader.norm("operator_norm", h)?,
             operator,
             ffn_norm: loader.norm("ffn_norm", h)?,
-            mlp: Mlp::named(["w1", "w3", "w2"], info, false, &mut loader.at("feed_forward"))?,
+            mlp: Mlp::named(
+                ["w1", "w3", "w2"],
+                [h, info.intermediate_size],
+                false,
+                &mut loader.at("feed_forward"),
+            )?,
             hidden_size: h,
         })
     }

@@ -7,6 +7,7 @@ use specforge_tensor::{ParamId, Var, Weight};
 
 use crate::config::parse;
 use crate::loader::Loader;
+use crate::mixture::FeedForward;
 use crate::mlp::Mlp;
 use crate::pass::{Layer, Layers, Pass, qkv};
 use crate::{Result, TargetInfo};
@@ -38,7 +39,7 @@ pub(crate) struct LlamaLayer {
     pub qkv_proj: Weight,
     pub o_proj: Weight,
     pub post_attention_layernorm: ParamId,
-    pub mlp: Mlp,
+    pub mlp: FeedForward,
     /// Keys that a query sees, itself included; absent: all before it.
     pub window: Option<usize>,
 }
@@ -58,6 +59,18 @@ impl LlamaLayer {
         window: Option<usize>,
         loader: &mut Loader<'_>,
     ) -> Result<Self> {
+        let mlp = Mlp::new(info, biases.mlp, &mut loader.at("mlp"))?.into();
+        Self::with(info, biases, window, mlp, loader)
+    }
+
+    /// As [`LlamaLayer::new`], with another part behind the attention.
+    pub(crate) fn with(
+        info: &TargetInfo,
+        biases: Biases,
+        window: Option<usize>,
+        mlp: FeedForward,
+        loader: &mut Loader<'_>,
+    ) -> Result<Self> {
         let h = info.hidden_size;
         let (q, kv) = (info.n_heads * info.head_dim, info.n_kv_heads * info.head_dim);
         Ok(Self {
@@ -65,7 +78,7 @@ impl LlamaLayer {
             qkv_proj: loader.stacked(&qkv(q, kv), h, biases.qkv)?,
             o_proj: loader.linear("self_attn.o_proj", q, h, biases.o)?,
             post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
-            mlp: Mlp::new(info, biases.mlp, &mut loader.at("mlp"))?,
+            mlp,
             window,
         })
     }
@@ -83,7 +96,7 @@ impl Layer for LlamaLayer {
         let a = pass.attention_packed(&qkv, self.window)?;
         let h = tape.linear_add(&a, &self.o_proj, h)?;
         // 4. MLP of the normed state, and the residual sum.
-        let x = tape.rms_norm_for(&h, self.post_attention_layernorm, pass.eps, self.mlp.first())?;
+        let x = self.mlp.norm(tape, &h, self.post_attention_layernorm, pass.eps)?;
         self.mlp.add_to(tape, &h, &x)
     }
 }

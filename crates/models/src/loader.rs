@@ -1,13 +1,18 @@
 //! Declares a target's parameters under their checkpoint names and fills them from the mapped files.
 
+mod experts;
+mod raw;
+
 use std::path::Path;
 
-use half::{bf16, f16};
-use specforge_nn::weights::{Dtype, View, Weights};
+use specforge_nn::weights::Weights;
 use specforge_tensor::{DType, Device, ParamId, Params, Tensor, Weight};
 
+use crate::Result;
 use crate::pass::{Layer, Layers};
-use crate::{Error, Result};
+use crate::quantization::Quantization;
+
+pub(crate) use raw::ZEROS;
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +34,8 @@ pub(crate) struct Loader<'a> {
     pub storage: Option<DType>,
     /// Whether the matrices of linear layers are rounded to 8-bit floats.
     pub fp8: bool,
+    /// How the checkpoint keeps its matrices.
+    pub quantization: Quantization,
     /// What the weights of norms are stored minus.
     pub norm_offset: f32,
     pub prefix: String,
@@ -44,6 +51,7 @@ impl Loader<'_> {
             device: self.device,
             storage: self.storage,
             fp8: self.fp8,
+            quantization: self.quantization,
             norm_offset: self.norm_offset,
             prefix: format!("{}{name}.", self.prefix),
         }
@@ -61,13 +69,27 @@ impl Loader<'_> {
         each.into_iter().enumerate().map(layer).collect()
     }
 
+    /// The same loader, with matrices in their whole precision: for gates and other small ones.
+    pub(crate) fn unrounded(&mut self) -> Loader<'_> {
+        let prefix = self.prefix.clone();
+        Loader { fp8: false, prefix, ..self.at("") }
+    }
+
+    /// Whether the files have a tensor of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        match self.source {
+            Source::Files(weights) => weights.get(&format!("{}{name}", self.prefix)).is_some(),
+            Source::Random => false,
+        }
+    }
+
     /// A linear layer `[n_out, n_in]`, with a bias `[n_out]` or without.
     pub(crate) fn linear(&mut self, name: &str, n_in: usize, n_out: usize, bias: bool) -> Result<Weight> {
         self.linear_in_order(name, n_in, n_out, bias, None)
     }
 
-    /// As [`Loader::linear`], with row i being row `order[i]` of the file.
-    fn linear_in_order(
+    /// As [`Loader::linear`], with row i being row `order[i]` of the file, or [`ZEROS`].
+    pub(crate) fn linear_in_order(
         &mut self,
         name: &str,
         n_in: usize,
@@ -76,13 +98,43 @@ impl Loader<'_> {
         order: Option<&[usize]>,
     ) -> Result<Weight> {
         let weight = self.tensor_in_order(&format!("{name}.weight"), &[n_out, n_in], order)?;
-        if self.fp8 {
-            let param = self.params.get_mut(weight);
-            param.value = param.value.quantize_rows()?;
-        }
+        self.round(weight)?;
         let bias =
             bias.then(|| self.tensor_in_order(&format!("{name}.bias"), &[n_out], order)).transpose()?;
         Ok(Weight::of(weight).with_bias(bias))
+    }
+
+    /// As [`Loader::linear`], with column i being column `order[i]` of the file, or [`ZEROS`].
+    pub(crate) fn linear_of_columns(
+        &mut self,
+        name: &str,
+        n_in: usize,
+        n_out: usize,
+        bias: bool,
+        order: &[usize],
+    ) -> Result<Weight> {
+        let full = format!("{}{name}.weight", self.prefix);
+        let tensor = match self.source {
+            Source::Files(weights) => {
+                let raw = self.read(weights, &full, &[n_out, n_in])?.columns_in_order(n_in, order);
+                self.convert(&raw, &[n_out, order.len()], None)?
+            }
+            Source::Random => self.draw(&[n_out, order.len()])?,
+        };
+        let weight = self.params.add(full, tensor, false);
+        self.round(weight)?;
+        let bias = bias.then(|| self.tensor(&format!("{name}.bias"), &[n_out])).transpose()?;
+        Ok(Weight::of(weight).with_bias(bias))
+    }
+
+    /// In 8 bits, if matrices are and a device's products take this one.
+    fn round(&mut self, weight: ParamId) -> Result<()> {
+        let param = self.params.get_mut(weight);
+        let [.., n_out, n_in] = *param.value.shape() else { return Ok(()) };
+        if self.fp8 && has_8_bit_products(n_out) && has_8_bit_products(n_in) {
+            param.value = param.value.quantize_rows()?;
+        }
+        Ok(())
     }
 
     /// Linear layers of these names and output widths over the same input of width `n_in`, as one.
@@ -98,10 +150,13 @@ impl Loader<'_> {
         n_in: usize,
         bias: bool,
     ) -> Result<Weight> {
+        // All of a stack are of one type.
+        let fp8 = self.fp8 && layers.iter().all(|(_, n_out)| has_8_bit_products(*n_out));
+        let mut loader = Loader { fp8, ..self.unrounded() };
         let layers: Vec<Weight> = layers
             .iter()
             .zip(orders)
-            .map(|((name, n_out), order)| self.linear_in_order(name, n_in, *n_out, bias, *order))
+            .map(|((name, n_out), order)| loader.linear_in_order(name, n_in, *n_out, bias, *order))
             .collect::<Result<_>>()?;
         let together = Weight::stacked(&layers.iter().collect::<Vec<_>>());
         self.params.stack(together.params())?;
@@ -125,15 +180,37 @@ impl Loader<'_> {
         self.tensor_in_order(name, shape, None)
     }
 
-    fn tensor_in_order(&mut self, name: &str, shape: &[usize], order: Option<&[usize]>) -> Result<ParamId> {
+    /// As [`Loader::tensor`], in float32 wherever it goes: for numbers that a device's storage would blur.
+    pub(crate) fn exact(&mut self, name: &str, shape: &[usize]) -> Result<ParamId> {
         let name = format!("{}{name}", self.prefix);
         let tensor = match self.source {
             Source::Files(weights) => {
-                let view = weights.require(&name, shape)?;
-                let moved = order.map(|order| rows_in_order(&view, order));
-                self.convert(&name, &View { bytes: moved.as_deref().unwrap_or(view.bytes), ..view })?
+                self.convert(&self.read(weights, &name, shape)?, shape, Some(DType::F32))?
             }
-            Source::Random => self.draw(shape)?,
+            Source::Random => self.draw(shape)?.cast(DType::F32)?,
+        };
+        Ok(self.params.add(name, tensor, false))
+    }
+
+    /// A parameter that no file has.
+    pub(crate) fn constant(&mut self, name: &str, values: Vec<f32>, shape: &[usize]) -> Result<ParamId> {
+        let tensor = Tensor::from_f32(self.device, values, shape)?.cast(self.device.storage())?;
+        Ok(self.params.add(format!("{}{name}", self.prefix), tensor, false))
+    }
+
+    fn tensor_in_order(&mut self, name: &str, shape: &[usize], order: Option<&[usize]>) -> Result<ParamId> {
+        let name = format!("{}{name}", self.prefix);
+        let moved = [&[order.map_or(shape[0], <[usize]>::len)], &shape[1..]].concat();
+        let tensor = match self.source {
+            Source::Files(weights) => {
+                let raw = self.read(weights, &name, shape)?;
+                let raw = match order {
+                    Some(order) => raw.rows_in_order(shape[0], order),
+                    None => raw,
+                };
+                self.convert(&raw, &moved, None)?
+            }
+            Source::Random => self.draw(&moved)?,
         };
         Ok(self.params.add(name, tensor, false))
     }
@@ -141,39 +218,13 @@ impl Loader<'_> {
     /// Values that keep a forward pass in a sane range: norms near 1, matrices that keep the size of what they multiply.
     fn draw(&self, shape: &[usize]) -> Result<Tensor> {
         let seed = self.params.len() as u64;
-        let std = shape.get(1).map_or(1.0, |n| (*n as f32).powf(-0.5));
+        let n_in = shape.last().filter(|_| shape.len() > 1);
+        let std = n_in.map_or(1.0, |n| (*n as f32).powf(-0.5));
         Ok(Tensor::random(self.device, shape, std, seed)?)
-    }
-
-    /// Straight from the mapped bytes to the storage type.
-    fn convert(&self, name: &str, view: &View<'_>) -> Result<Tensor> {
-        let stored = match view.dtype {
-            Dtype::F32 | Dtype::F64 => DType::F32,
-            Dtype::BF16 => DType::Bf16,
-            Dtype::F16 => DType::F16,
-            other => {
-                let (path, tensor) = (self.folder.to_path_buf(), name.to_owned());
-                return Err(Error::WeightType { path, tensor, got: other.to_string() });
-            }
-        };
-        let storage = self.storage.unwrap_or(stored);
-        let halves = || view.bytes.as_chunks::<2>().0.iter();
-        Ok(match (storage, view.dtype) {
-            (DType::Bf16, Dtype::BF16) => {
-                let values = halves().map(|&b| bf16::from_le_bytes(b)).collect();
-                Tensor::from_bf16(self.device, values, view.shape)?
-            }
-            (DType::F16, Dtype::F16) => {
-                let values = halves().map(|&b| f16::from_le_bytes(b)).collect();
-                Tensor::from_f16(self.device, values, view.shape)?
-            }
-            _ => Tensor::from_f32(self.device, view.to_f32(), view.shape)?.cast(storage)?,
-        })
     }
 }
 
-/// The bytes of a tensor with other rows in the place of each.
-fn rows_in_order(view: &View<'_>, order: &[usize]) -> Vec<u8> {
-    let row = view.bytes.len() / view.shape[0];
-    order.iter().flat_map(|&from| view.bytes[from * row..][..row].iter().copied()).collect()
+/// Whether 8-bit products take matrices with so many rows or columns.
+fn has_8_bit_products(n: usize) -> bool {
+    n.is_multiple_of(16)
 }

@@ -28,17 +28,21 @@ pub(crate) struct Mlp {
 impl Mlp {
     /// From a matrix each for gate, up and down.
     pub(crate) fn new(info: &TargetInfo, bias: bool, loader: &mut Loader<'_>) -> Result<Self> {
-        Self::named(["gate_proj", "up_proj", "down_proj"], info, bias, loader)
+        Self::of_width(info.intermediate_size, info, bias, loader)
     }
 
-    /// As [`Mlp::new`], with other names of gate, up and down.
+    /// As [`Mlp::new`], of another width.
+    pub(crate) fn of_width(i: usize, info: &TargetInfo, bias: bool, loader: &mut Loader<'_>) -> Result<Self> {
+        Self::named(["gate_proj", "up_proj", "down_proj"], [info.hidden_size, i], bias, loader)
+    }
+
+    /// As [`Mlp::new`], with other names of gate, up and down; of an input width and a width of its own.
     pub(crate) fn named(
         [gate, up, down]: [&str; 3],
-        info: &TargetInfo,
+        [h, i]: [usize; 2],
         bias: bool,
         loader: &mut Loader<'_>,
     ) -> Result<Self> {
-        let (h, i) = (info.hidden_size, info.intermediate_size);
         Ok(Self {
             gate: Gate::Silu,
             gate_up: loader.stacked(&[(gate, i), (up, i)], h, bias)?,
@@ -78,24 +82,9 @@ impl Mlp {
         self.in_chunks(tape, None, x)
     }
 
-    /// Long inputs go in chunks of rows, so that the widest activation of a target keeps within [`CHUNK`].
     fn in_chunks(&self, tape: &Tape<'_>, h: Option<&Var>, x: &Var) -> Result<Var> {
-        let (n, row) = (x.rows_cols().0, self.row_bytes(x.value()));
-        let most = (CHUNK / row.max(1)).max(1);
-        if n <= most {
-            return self.chunk(tape, h, x);
-        }
-        let mut all: Option<Tensor> = None;
-        for first in (0..n).step_by(most) {
-            let rows = first..(first + most).min(n);
-            let part = |v: &Var| Ok::<_, crate::Error>(tape.input(v.value().rows(rows.clone())?));
-            let y = self.chunk(tape, h.map(part).transpose()?.as_ref(), &part(x)?)?;
-            match &mut all {
-                Some(all) => all.append_rows(y.value())?,
-                None => all = Some(y.value().clone()),
-            }
-        }
-        Ok(tape.input(all.expect("more rows than one chunk has")))
+        let row = 2 * self.intermediate * x.value().device().storage().size();
+        in_chunks(tape, row, h, x, |h, x| self.chunk(tape, h, x))
     }
 
     fn chunk(&self, tape: &Tape<'_>, h: Option<&Var>, x: &Var) -> Result<Var> {
@@ -109,9 +98,30 @@ impl Mlp {
             None => tape.linear(&y, &self.down)?,
         })
     }
+}
 
-    /// Bytes of a row of gate and up.
-    fn row_bytes(&self, x: &Tensor) -> usize {
-        2 * self.intermediate * x.device().storage().size()
+/// Long inputs go in chunks of rows, so that the widest activation of a target keeps within [`CHUNK`]: `row` bytes for
+/// each row of x. `f` is given rows of h, if there is one, and of x.
+pub(crate) fn in_chunks(
+    tape: &Tape<'_>,
+    row: usize,
+    h: Option<&Var>,
+    x: &Var,
+    f: impl Fn(Option<&Var>, &Var) -> Result<Var>,
+) -> Result<Var> {
+    let (n, most) = (x.rows_cols().0, (CHUNK / row.max(1)).max(1));
+    if n <= most {
+        return f(h, x);
     }
+    let mut all: Option<Tensor> = None;
+    for first in (0..n).step_by(most) {
+        let rows = first..(first + most).min(n);
+        let part = |v: &Var| Ok::<_, crate::Error>(tape.input(v.value().rows(rows.clone())?));
+        let y = f(h.map(part).transpose()?.as_ref(), &part(x)?)?;
+        match &mut all {
+            Some(all) => all.append_rows(y.value())?,
+            None => all = Some(y.value().clone()),
+        }
+    }
+    Ok(tape.input(all.expect("more rows than one chunk has")))
 }

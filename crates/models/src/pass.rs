@@ -8,7 +8,8 @@ use specforge_tensor::{Attention, AttentionShape, KeyValue, ParamId, Part, Rope,
 
 use crate::cache::{KvCache, Tree};
 use crate::frame::Frame;
-use crate::rotary::Rotary;
+use crate::reach::Reach;
+use crate::rotary::{Rotary, Sequence};
 use crate::{Result, TargetInfo};
 
 /// One decoder layer.
@@ -49,12 +50,14 @@ pub(crate) struct Pass<'t, 'p> {
     pub eps: f32,
     /// The layer that runs, which is that of the cache.
     pub layer: usize,
+    /// The position of each row.
+    pub positions: Vec<u32>,
     shape: AttentionShape,
     cap: Option<f32>,
     rotary: Rotary,
     /// Of layers with a rotary embedding of their own.
     local: Option<Rotary>,
-    sight: Sight<'t>,
+    pub sight: Sight<'t>,
 }
 
 impl<'t, 'p> Pass<'t, 'p> {
@@ -63,10 +66,12 @@ impl<'t, 'p> Pass<'t, 'p> {
         frame: &Frame,
         tape: &'t Tape<'p>,
         (rotary, local): (Rotary, Option<Rotary>),
+        sequences: &[Sequence],
         sight: Sight<'t>,
     ) -> Self {
         let (eps, shape) = (info.rms_norm_eps as f32, info.attention_shape(frame.attention_scale));
-        Self { tape, eps, layer: 0, shape, cap: frame.attention_cap, rotary, local, sight }
+        let positions = sequences.iter().flat_map(|s| s.positions.iter().copied()).collect();
+        Self { tape, eps, layer: 0, positions, shape, cap: frame.attention_cap, rotary, local, sight }
     }
 
     /// Heads turned by their rows' positions; x `[R, heads · head_dim]`.
@@ -91,27 +96,49 @@ impl<'t, 'p> Pass<'t, 'p> {
     }
 
     /// As [`Pass::attention`], of queries, keys and values side by side.
-    pub(crate) fn attention_packed(&mut self, qkv: &Var, window: Option<usize>) -> Result<Var> {
-        let first_key = self.shape.n_heads * self.shape.head_dim;
-        self.attention(&Part::new(qkv, 0), &KeyValue::packed(qkv, first_key, self.shape), window)
+    pub(crate) fn attention_packed(&mut self, qkv: &Var, reach: impl Into<Reach>) -> Result<Var> {
+        self.attention_packed_with(qkv, reach, None)
     }
 
-    /// Attention of queries `[R, N·D]` to keys and values `[R, G·D]` of the pass and of the cache. With a window a
-    /// query sees that many keys, itself included.
-    pub(crate) fn attention(&mut self, query: &Part, new: &KeyValue, window: Option<usize>) -> Result<Var> {
+    /// As [`Pass::attention_packed`], with sinks (float32, a logit per query head) where there are some.
+    pub(crate) fn attention_packed_with(
+        &mut self,
+        qkv: &Var,
+        reach: impl Into<Reach>,
+        sinks: Option<ParamId>,
+    ) -> Result<Var> {
+        let first_key = self.shape.n_heads * self.shape.head_dim;
+        let kv = KeyValue::packed(qkv, first_key, self.shape);
+        self.attention_with(&Part::new(qkv, 0), &kv, reach.into(), sinks)
+    }
+
+    /// Attention of queries `[R, N·D]` to keys and values `[R, G·D]` of the pass and of the cache, as far back as the
+    /// layer sees.
+    pub(crate) fn attention(&mut self, query: &Part, new: &KeyValue, reach: impl Into<Reach>) -> Result<Var> {
+        self.attention_with(query, new, reach.into(), None)
+    }
+
+    fn attention_with(
+        &mut self,
+        query: &Part,
+        new: &KeyValue,
+        reach: Reach,
+        sinks: Option<ParamId>,
+    ) -> Result<Var> {
         let (tape, shape, device, cap) = (self.tape, self.shape, query.of.value().device(), self.cap);
         let n = query.of.rows_cols().0;
         let attend = |base: &KeyValue, spans: Vec<(u32, u32)>, extras: &[(KeyValue, Option<Tensor>)]| {
             let (lo, hi) = spans.into_iter().unzip();
             let spans = Spans { lo: Tensor::from_u32(device, lo), hi: Tensor::from_u32(device, hi) };
             let attention = Attention { shape, query: query.clone(), base, spans: &spans, extras };
-            Ok(match cap {
-                None => tape.attention(&attention)?,
-                Some(cap) => tape.attention_capped(&attention, cap)?,
+            Ok(match (cap, sinks) {
+                (Some(cap), _) => tape.attention_capped(&attention, cap)?,
+                (None, Some(sinks)) => tape.attention_with_sinks(&attention, sinks)?,
+                (None, None) => tape.attention(&attention)?,
             })
         };
         let (cache, first, tree) = match &mut self.sight {
-            Sight::Documents(bounds) => return attend(new, document_spans(bounds, window), &[]),
+            Sight::Documents(bounds) => return attend(new, document_spans(bounds, reach), &[]),
             Sight::Cached { cache, first, tree } => (cache, *first, *tree),
         };
         let width = shape.n_kv_heads * shape.head_dim;
@@ -121,44 +148,15 @@ impl<'t, 'p> Pass<'t, 'p> {
         let base = KeyValue::new(&cached[0], &cached[1]);
         drop(cached);
         match tree {
-            None => attend(&base, continuation_spans(first, n, window), &[]),
+            None => attend(&base, continuation_spans(first, n, reach), &[]),
             Some(tree) => {
-                let ancestors = tree.ancestors(window).into_iter();
+                let ancestors = tree.ancestors(first, reach).into_iter();
                 let extras: Vec<_> =
                     ancestors.map(|rows| (new.clone(), Some(Tensor::from_u32(device, rows)))).collect();
-                attend(&base, tree.spans(first, window), &extras)
+                attend(&base, tree.spans(first, reach), &extras)
             }
         }
     }
-}
-
-impl Pass<'_, '_> {
-    /// A causal convolution with weights `[H, 1, K]` of rows `[R, H]` of the pass and of the cache: tap K - 1 takes the
-    /// row itself, the one before it the row before, and nothing is before a document.
-    pub(crate) fn short_conv(&mut self, x: &Var, w: ParamId) -> Result<Var> {
-        let (tape, device, (n, h)) = (self.tape, x.value().device(), x.rows_cols());
-        let taps = tape.params().get(w).value.len() / h;
-        let back = (0..taps).rev();
-        let (x, index) = match &mut self.sight {
-            Sight::Documents(bounds) => (x.clone(), back.flat_map(|k| document_rows(bounds, k)).collect()),
-            Sight::Cached { cache, first, tree } => {
-                cache.append(self.layer, &[x.value()])?;
-                let rows = |back: usize| match tree {
-                    Some(tree) => tree.rows_before(*first, back),
-                    None => document_rows(std::slice::from_ref(&(0..*first + n)), back).split_off(*first),
-                };
-                let index: Vec<u32> = back.flat_map(rows).collect();
-                (tape.input(cache.layer(self.layer).swap_remove(0)), index)
-            }
-        };
-        Ok(tape.short_conv(&x, &Tensor::from_u32(device, index), w)?)
-    }
-}
-
-/// The row `back` rows before each, `u32::MAX` before its document.
-fn document_rows(bounds: &[Range<usize>], back: usize) -> Vec<u32> {
-    let rows = bounds.iter().flat_map(|document| document.clone().map(|row| (document.start, row)));
-    rows.map(|(start, row)| if row >= start + back { (row - back) as u32 } else { u32::MAX }).collect()
 }
 
 /// Names and widths of the projections to queries and to keys and values, for [`Loader::stacked`].
@@ -168,18 +166,13 @@ pub(crate) fn qkv(q: usize, kv: usize) -> [(&'static str, usize); 3] {
     [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]
 }
 
-/// The first key in a window that ends with key `last`.
-pub(crate) fn window_start(last: usize, window: Option<usize>) -> usize {
-    window.map_or(0, |window| (last + 1).saturating_sub(window))
-}
-
-fn document_spans(bounds: &[Range<usize>], window: Option<usize>) -> Vec<(u32, u32)> {
+fn document_spans(bounds: &[Range<usize>], reach: Reach) -> Vec<(u32, u32)> {
     let rows = bounds.iter().flat_map(|document| document.clone().map(|row| (document.start, row)));
-    rows.map(|(start, row)| (start.max(window_start(row, window)) as u32, row as u32 + 1)).collect()
+    rows.map(|(start, row)| ((start + reach.start(row - start)) as u32, row as u32 + 1)).collect()
 }
 
-fn continuation_spans(first: usize, n: usize, window: Option<usize>) -> Vec<(u32, u32)> {
-    (first..first + n).map(|row| (window_start(row, window) as u32, row as u32 + 1)).collect()
+fn continuation_spans(first: usize, n: usize, reach: Reach) -> Vec<(u32, u32)> {
+    (first..first + n).map(|row| (reach.start(row) as u32, row as u32 + 1)).collect()
 }
 
 #[cfg(test)]
@@ -188,10 +181,11 @@ mod tests {
 
     #[test]
     fn rows_see_their_document_and_window() {
-        let spans = document_spans(&[0..3, 3..5], None);
+        let spans = document_spans(&[0..3, 3..5], Reach::All);
         assert_eq!(spans, [(0, 1), (0, 2), (0, 3), (3, 4), (3, 5)]);
-        assert_eq!(document_spans(&[0..3, 3..5], Some(2)), [(0, 1), (0, 2), (1, 3), (3, 4), (3, 5)]);
-        assert_eq!(continuation_spans(3, 2, None), [(0, 4), (0, 5)]);
-        assert_eq!(continuation_spans(3, 2, Some(2)), [(2, 4), (3, 5)]);
+        assert_eq!(document_spans(&[0..3, 3..5], Reach::Window(2)), [(0, 1), (0, 2), (1, 3), (3, 4), (3, 5)]);
+        assert_eq!(document_spans(&[0..3, 3..5], Reach::Chunk(2)), [(0, 1), (0, 2), (2, 3), (3, 4), (3, 5)]);
+        assert_eq!(continuation_spans(3, 2, Reach::All), [(0, 4), (0, 5)]);
+        assert_eq!(continuation_spans(3, 2, Reach::Window(2)), [(2, 4), (3, 5)]);
     }
 }

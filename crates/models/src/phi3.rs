@@ -23,7 +23,7 @@ fn fused_layer(info: &TargetInfo, window: Option<usize>, loader: &mut Loader<'_>
         qkv_proj: loader.linear("self_attn.qkv_proj", h, q + 2 * kv, false)?,
         o_proj: loader.linear("self_attn.o_proj", q, h, false)?,
         post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
-        mlp: Mlp::fused(info, &mut loader.at("mlp"))?,
+        mlp: Mlp::fused(info, &mut loader.at("mlp"))?.into(),
         window,
     })
 }

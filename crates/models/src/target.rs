@@ -10,6 +10,7 @@ use crate::cache::{KvCache, Tree};
 use crate::frame::Frame;
 use crate::loader::{Loader, Source};
 use crate::pass::{Layers, Pass, Sight};
+use crate::quantization::Quantization;
 use crate::rotary::{RotaryTables, Sequence};
 use crate::{Capture, Captured, Error, Result, TargetInfo, architecture};
 
@@ -64,11 +65,22 @@ impl Target {
             other => (false, other),
         };
         let (prefix, norm_offset) = (frame.prefix.to_owned(), frame.norm_offset);
-        let mut loader =
-            Loader { folder, source, params: &mut params, device, storage, fp8, norm_offset, prefix };
-        let embedding = embedding_of(&info, &mut loader)?;
-        let layers = (architecture.layers)(&info, &mut loader.at("model.layers"))?;
-        let norm = loader.norm(frame.norm, info.hidden_size)?;
+        let (quantization, params_of) = (Quantization::of(&info)?, &mut params);
+        let mut loader = Loader {
+            folder,
+            source,
+            params: params_of,
+            device,
+            storage,
+            fp8,
+            quantization,
+            norm_offset,
+            prefix,
+        };
+        let embedding = embedding_of(&info, &frame, &mut loader)?;
+        let mut body = loader.at(frame.body);
+        let layers = (architecture.layers)(&info, &mut body.at("layers"))?;
+        let norm = body.norm(frame.norm, info.hidden_size)?;
         let head = head_of(&info, &frame, embedding, &mut loader)?;
         let rotary = RotaryTables::new(info.rope.clone(), device);
         let local_rotary = frame.local_rope.clone().map(|rope| RotaryTables::new(rope, device));
@@ -190,7 +202,7 @@ impl Target {
         let tape = Tape::inference(&self.params);
         let local = self.local_rotary.as_ref().map(|tables| tables.of(sequences)).transpose()?;
         let rotary = (self.rotary.of(sequences)?, local);
-        let mut pass = Pass::new(&self.info, &self.frame, &tape, rotary, sight);
+        let mut pass = Pass::new(&self.info, &self.frame, &tape, rotary, sequences, sight);
         let mut states = Tensor::activations(device, &[tokens.len(), capture.layers.len() * width])?;
         // 1. Embeddings.
         let mut h = self.embed_on(&tape, tokens)?;
@@ -247,16 +259,17 @@ pub fn tables(folder: impl AsRef<Path>, info: &TargetInfo, storage: DType) -> Re
         device: Device::Cpu,
         storage: Some(storage),
         fp8: false,
+        quantization: Quantization::of(info)?,
         norm_offset: frame.norm_offset,
         prefix: frame.prefix.to_owned(),
     };
-    let embedding = embedding_of(info, &mut loader)?;
+    let embedding = embedding_of(info, &frame, &mut loader)?;
     let head = head_of(info, &frame, embedding, &mut loader)?;
     Ok([embedding, head].map(|id| params.get(id).value.clone()))
 }
 
-fn embedding_of(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<ParamId> {
-    loader.tensor("model.embed_tokens.weight", &[info.vocab_size, info.hidden_size])
+fn embedding_of(info: &TargetInfo, frame: &Frame, loader: &mut Loader<'_>) -> Result<ParamId> {
+    loader.at(frame.body).tensor("embed_tokens.weight", &[info.vocab_size, info.hidden_size])
 }
 
 /// The head. A factor on the logits goes into it, so that the teacher's logits, which training computes from the head,

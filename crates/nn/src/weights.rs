@@ -8,6 +8,7 @@
 mod error;
 mod fingerprint;
 mod header;
+mod quantised;
 mod view;
 
 #[cfg(test)]
@@ -87,7 +88,7 @@ impl Weights {
             return Ok(view);
         }
         Err(Error::Shape {
-            path: self.files[self.tensors[name].file].path.clone(),
+            path: self.file_of(name).to_path_buf(),
             tensor: name.to_owned(),
             expected: shape.to_vec(),
             got: view.shape.to_vec(),
@@ -102,6 +103,11 @@ impl Weights {
     /// large checkpoints are equal in every byte.
     pub fn fingerprint(&self) -> String {
         fingerprint::of(self)
+    }
+
+    /// The file that holds a tensor that exists.
+    fn file_of(&self, name: &str) -> &Path {
+        &self.files[self.tensors[name].file].path
     }
 
     fn open_file(path: &Path) -> Result<Self> {

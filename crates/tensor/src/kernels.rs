@@ -4,8 +4,14 @@
 //! Gradients (`d…`) are float32. Methods that take `&mut Tensor` add to it. No result may depend on the
 //! number of threads or on timing: the same inputs give the same bits.
 
+mod delta;
+mod mixture;
+
 use std::fmt::Debug;
 use std::ops::Range;
+
+pub use delta::{DeltaInputs, DeltaShape};
+pub use mixture::{Activation, Groups, Router, Routes, Routing, Scoring};
 
 use crate::{DType, Later, Result, Tensor};
 
@@ -283,6 +289,27 @@ pub trait Kernels: Debug + Sync {
     }
     /// `gelu(gate) * up` of a packed `[R, 2 I]`: gate, then up; GELU by its tanh approximation.
     fn geglu(&self, gate_up: &Tensor) -> Result<Tensor>;
+    /// `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha g)` with `g = min(gate, limit)`, of a packed `[R, 2 I]`.
+    fn swiglu_clamped(&self, gate_up: &Tensor, alpha: f32, limit: f32) -> Result<Tensor>;
+    /// A function of every element.
+    fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor>;
+    /// The experts of each row of x `[R, H]`, and their weights. A device waits once, for the numbers of the experts.
+    fn route(&self, x: &Tensor, router: &Router<'_>) -> Result<Routes>;
+    /// `y = x · w[e]ᵀ (+ bias[e])` of rows sorted by e: those of e end before row `ends[e]`; x `[M, K]`, w `[E, N, K]`,
+    /// bias `[E, N]`, y `[M, N]`.
+    fn linear_grouped(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &[usize])
+    -> Result<Tensor>;
+    /// `y[r] = base[r] + Σ_k weights[r, k] x[index[r, k]]` of `u32 [R * K]` and as many weights, summed in the order of k.
+    fn weighted_rows(
+        &self,
+        x: &Tensor,
+        index: &Tensor,
+        weights: &Tensor,
+        base: Option<&Tensor>,
+        k: usize,
+    ) -> Result<Tensor>;
+    /// The gated delta rule, `[R, value_heads * value_dim]`; reads and keeps states `[n, state]`, float32.
+    fn delta_rule(&self, inputs: &DeltaInputs<'_>, states: &mut Tensor) -> Result<Tensor>;
     /// `a * b` of R rows and `width` columns each.
     fn product(&self, a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor>;
     /// `y[r, c] = Σ_k w[c, k] x[index[k, r], c]` of w `[H, K]` (in any shape of H rows) and `u32 [K * R]`; `u32::MAX`

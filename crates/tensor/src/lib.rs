@@ -37,13 +37,14 @@ pub use device::Device;
 pub use error::{Error, Result};
 pub use grads::Grads;
 pub use kernels::{
-    AdamStep, AdamTensor, AddedRows, AttentionInputs, AttentionShape, Columns, Extra, Kernels, Rotation,
-    RowFigures, RowLoss, SoftTargets, Spans, TeacherRows, VocabStats,
+    Activation, AdamStep, AdamTensor, AddedRows, AttentionInputs, AttentionShape, Columns, DeltaInputs,
+    DeltaShape, Extra, Groups, Kernels, Rotation, Router, Routes, Routing, RowFigures, RowLoss, Scoring,
+    SoftTargets, Spans, TeacherRows, VocabStats,
 };
 pub use later::Later;
 pub use ops::{
-    Attention, Collected, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, Rope, SoftTargetLoss,
-    Teacher, Weight,
+    Attention, Collected, Delta, Experts, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, Rope,
+    RouterParams, SoftTargetLoss, Teacher, Weight,
 };
 pub use params::{Param, ParamId, Params};
 pub use tape::{Tape, Var};

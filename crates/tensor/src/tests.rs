@@ -4,10 +4,12 @@
 
 pub(crate) mod adam;
 pub(crate) mod attention;
+pub(crate) mod delta;
 mod finite_difference;
 pub(crate) mod frozen;
 mod invariants;
 pub(crate) mod loss;
+pub(crate) mod mixture;
 mod shapes;
 mod values;
 pub(crate) mod zoo;

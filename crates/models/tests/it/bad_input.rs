@@ -5,7 +5,7 @@ use specforge_models::{Capture, Target, TargetInfo};
 use specforge_tensor::Device;
 use specforge_testkit::tempdir;
 
-use crate::folder::{config, target, tensors, tokens, write};
+use crate::folder::{config, kinds, target, tensors, tokens, write};
 
 fn load_error(config: &Value, tensors: &[(String, Vec<usize>)]) -> String {
     let dir = tempdir();
@@ -152,4 +152,129 @@ fn the_description_follows_the_files() {
     assert_eq!(read(json!({ "num_key_value_heads": null })).n_kv_heads, 4);
     fs_err::write(dir.path().join("generation_config.json"), r#"{"eos_token_id": [4, 5]}"#).expect("written");
     assert_eq!(read(json!({})).eos_token_ids, [4, 5]);
+}
+
+#[test]
+fn wrong_mixtures_are_named() {
+    let check = |architecture: &str, more: Value, expected: &str| {
+        let (_, extra) = kinds().into_iter().rfind(|(name, _)| *name == architecture).expect("a kind");
+        let tensors = tensors(&config(architecture, &extra));
+        let mut wrong = config(architecture, &extra);
+        for (key, value) in more.as_object().expect("keys") {
+            wrong[key] = value.clone();
+        }
+        let message = load_error(&wrong, &tensors);
+        assert!(message.contains("config.json: ") && message.contains(expected), "{more}: {message}");
+    };
+    let (qwen, deepseek, gpt) = ("Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM");
+    check(
+        qwen,
+        json!({ "num_local_experts": 6 }),
+        "num_local_experts = 6: but num_experts = 5: which is it?",
+    );
+    check(
+        qwen,
+        json!({ "num_experts": null }),
+        "num_experts = null: expected a number under one of num_experts, ",
+    );
+    check(qwen, json!({ "num_experts": 0 }), "num_experts = 0: expected a number of at least 1");
+    check(
+        qwen,
+        json!({ "num_experts": 4 }),
+        "num_experts = 4: but model.layers.0.mlp.experts has an expert 4",
+    );
+    check(
+        qwen,
+        json!({ "num_experts_per_tok": 6 }),
+        "num_experts_per_tok = 6: expected 1 to 5, the experts that",
+    );
+    check(qwen, json!({ "decoder_sparse_step": 0 }), "decoder_sparse_step = 0: expected at least 1");
+    check(qwen, json!({ "moe_intermediate_size": null }), "moe_intermediate_size: invalid type: null");
+    check(deepseek, json!({ "n_group": 3 }), "n_group = 3: expected a divisor of n_routed_experts = 8");
+    check(
+        deepseek,
+        json!({ "topk_group": 5 }),
+        "topk_group = 5: expected 1 to n_group = 4, of 2 experts each",
+    );
+    check(
+        deepseek,
+        json!({ "num_experts_per_tok": 5 }),
+        "num_experts_per_tok = 5: expected 1 to 4, the experts that",
+    );
+    check(
+        deepseek,
+        json!({ "scoring_func": "tanh" }),
+        "scoring_func = \"tanh\": unknown router function, expected softmax or sigmoid",
+    );
+    check(
+        deepseek,
+        json!({ "topk_method": "random" }),
+        "topk_method = \"random\": unknown way to pick experts",
+    );
+    check(deepseek, json!({ "kv_lora_rank": null }), "kv_lora_rank: invalid type: null");
+    check(gpt, json!({ "swiglu_limit": 0.0 }), "swiglu_limit = 0.0: expected a number above 0");
+    check(
+        gpt,
+        json!({ "layer_types": ["full_attention"] }),
+        "layer_types = [\"full_attention\"]: expected 3 entries",
+    );
+    check("Llama4ForCausalLM", json!({ "no_rope_layers": [1] }), "no_rope_layers = [1]: expected 3 entries");
+    let next = "Qwen3NextForCausalLM";
+    check(next, json!({ "linear_num_key_heads": 3 }), "linear_num_key_heads = 3: expected a divisor of");
+    check(
+        next,
+        json!({ "layer_types": ["conv", "conv", "conv"] }),
+        "expected linear_attention and full_attention only",
+    );
+    check(next, json!({ "attn_output_gate": false }), "attn_output_gate = false: attention without a gate");
+}
+
+#[test]
+fn missing_experts_are_named() {
+    let (architecture, extra) =
+        kinds().into_iter().find(|(name, _)| *name == "Qwen3MoeForCausalLM").expect("a kind");
+    let config = config(architecture, &extra);
+    let missing = "model.layers.2.mlp.experts.3.up_proj.weight";
+    let rest: Vec<_> = tensors(&config).into_iter().filter(|(name, _)| name != missing).collect();
+    let message = load_error(&config, &rest);
+    assert!(message.contains(&format!("tensor {missing} is missing in ")), "{message}");
+    assert!(message.contains("the nearest name there is model.layers.2.mlp.experts."), "{message}");
+    let mut wrong = tensors(&config);
+    wrong.iter_mut().find(|(name, _)| name.ends_with("2.mlp.experts.4.down_proj.weight")).expect("it").1 =
+        vec![32, 13];
+    let message = load_error(&config, &wrong);
+    assert!(
+        message.contains("experts.4.down_proj.weight has shape [32, 13], expected [32, 12]"),
+        "{message}"
+    );
+}
+
+#[test]
+fn missing_shards_are_named() {
+    let dir = tempdir();
+    let config = config("LlamaForCausalLM", &json!({}));
+    write(dir.path(), &config, &tensors(&config));
+    fs_err::rename(dir.path().join("model.safetensors"), dir.path().join("model-1.safetensors"))
+        .expect("moved");
+    let index = json!({ "weight_map": { "model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors" } });
+    fs_err::write(dir.path().join("model.safetensors.index.json"), index.to_string()).expect("written");
+    let message = Target::load(dir.path(), Device::Cpu, None).expect_err("no shard").to_string();
+    assert!(
+        message.contains("model.safetensors.index.json: 1 of the 2 files it names are missing"),
+        "{message}"
+    );
+    assert!(message.contains("model-2.safetensors first"), "{message}");
+}
+
+#[test]
+fn quantised_weights_that_are_not_read_are_named() {
+    let check = |quantization: Value, expected: &str| {
+        let config = config("LlamaForCausalLM", &json!({ "quantization_config": quantization }));
+        let message = load_error(&config, &tensors(&config));
+        assert!(message.contains(expected), "{quantization}: {message}");
+    };
+    check(json!({ "quant_method": "awq" }), "only fp8 (e4m3, in blocks) and mxfp4 are read");
+    check(json!({ "quant_method": "fp8", "fmt": "e5m2" }), "only fp8 (e4m3, in blocks) and mxfp4 are read");
+    check(json!({ "quant_method": "fp8", "weight_block_size": null }), "expected weight_block_size");
+    check(json!({ "quant_method": "fp8", "weight_block_size": [0, 4] }), "expected weight_block_size");
 }

@@ -5,7 +5,7 @@ use specforge_models::{Capture, Target};
 use specforge_tensor::{DType, Device};
 use specforge_testkit::{assert_close, tempdir};
 
-use crate::folder::{all, config, kinds, target, tensors, tokens, write};
+use crate::folder::{all, close, config, kinds, target, tensors, tokens, write};
 
 #[test]
 fn a_packed_batch_equals_its_documents_alone() {
@@ -18,7 +18,7 @@ fn a_packed_batch_equals_its_documents_alone() {
         for (document, rows) in views.iter().zip(&packed.bounds) {
             let alone = target.forward(&[document], &all(&target)).unwrap();
             let got = &packed.hidden_states.f32s()[rows.start * width..rows.end * width];
-            assert_close(architecture, got, &alone.hidden_states.f32s(), 2e-5, 1e-4);
+            close(architecture, got, &alone.hidden_states.f32s());
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde_json::Value;
-use specforge_models::{Capture, Error, KvCache, Target, TargetInfo, tables};
+use specforge_models::{Capture, Error, KvCache, Target, tables};
 use specforge_tensor::{DType, Device};
 use specforge_testkit::{Tensors, assert_close, case_json, golden_cases};
 
@@ -19,13 +19,9 @@ struct Case {
 #[test]
 fn golden_targets() {
     for (name, folder) in golden_cases("targets/") {
-        if let Err(error @ (Error::Architecture { .. } | Error::Setting { .. })) = TargetInfo::read(&folder) {
-            assert_not_an_oversight(&name, &error);
-            println!("not known: {name}: {error}");
-            continue;
-        }
         for config in ["config.json", "config.v5.json"] {
             let case = Case::load(&format!("{name} {config}"), &folder, config);
+            println!("{}", case.name);
             case.tables(&folder);
             case.forward();
             case.single();
@@ -44,9 +40,6 @@ fn golden_targets_on_cuda() {
         Err(why) => return println!("skipped: no CUDA device ({why})"),
     };
     for (name, folder) in golden_cases("targets/") {
-        if TargetInfo::read(&folder).is_err() {
-            continue; // golden_targets names it
-        }
         println!("{name}");
         let load = |device, storage| Target::load(&folder, device, Some(storage)).unwrap();
         let reference = load(Device::Cpu, DType::Bf16);
@@ -77,6 +70,8 @@ struct Outputs {
     states: Vec<f32>,
     last: Vec<f32>,
     logits: Vec<f32>,
+    n_rows: usize,
+    is_mixture: bool,
 }
 
 impl Outputs {
@@ -86,24 +81,35 @@ impl Outputs {
         let captured = target.forward(&documents, &all).unwrap();
         let last = captured.last_hidden.unwrap();
         let logits = target.logits(&last).unwrap().to_f32();
-        Self { states: captured.hidden_states.to_f32(), last: last.to_f32(), logits }
+        let keys = ["num_experts", "num_local_experts", "n_routed_experts"];
+        let is_mixture = keys.iter().any(|key| !target.info().raw[*key].is_null());
+        let (states, n_rows) = (captured.hidden_states.to_f32(), last.rows_cols().0);
+        Self { states, last: last.to_f32(), logits, n_rows, is_mixture }
     }
 
-    /// Within a relative distance; returns the largest.
+    /// Within a relative distance. With mixtures of experts that holds of most rows: bfloat16 may tip the scales between
+    /// two experts, and the row is another one from there on. Returns the largest distance.
     fn expect_near(&self, name: &str, want: &Self, bound: f64) -> f64 {
         let mut largest = 0f64;
         let pairs = [(&self.states, &want.states), (&self.last, &want.last), (&self.logits, &want.logits)];
         for (what, (got, want)) in ["states", "final norm", "logits"].into_iter().zip(pairs) {
-            let norm = |values: &mut dyn Iterator<Item = f32>| {
-                values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
-            };
-            let distance =
-                norm(&mut got.iter().zip(want).map(|(g, w)| g - w)) / norm(&mut want.iter().copied());
-            assert!(distance < bound, "{name}: {what}: {distance}");
-            largest = largest.max(distance);
+            let rows = if self.is_mixture { self.n_rows } else { 1 };
+            let width = got.len() / rows;
+            let mut distances: Vec<f64> =
+                got.chunks(width).zip(want.chunks(width)).map(|(g, w)| distance(g, w)).collect();
+            distances.sort_by(f64::total_cmp);
+            assert!(distances[rows / 2] < bound, "{name}: {what}: {distances:?}");
+            largest = largest.max(distances[rows / 2]);
         }
         largest
     }
+}
+
+/// The norm of the difference, relative to that of `want`.
+fn distance(got: &[f32], want: &[f32]) -> f64 {
+    let norm =
+        |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    norm(&mut got.iter().zip(want).map(|(g, w)| g - w)) / norm(&mut want.iter().copied())
 }
 
 /// Decoding token by token, and several at once as when proposals are verified, gives the same bits.
@@ -123,13 +129,6 @@ fn decode_in_portions(target: &Target, row: &[u32]) {
     for portion in [2, 5, 32] {
         let bits: Vec<u32> = decode(portion).iter().map(|v| v.to_bits()).collect();
         assert_eq!(bits, one_by_one, "{portion} at once");
-    }
-}
-
-/// A case may be unknown for its architecture or its quantisation, and for nothing else.
-fn assert_not_an_oversight(name: &str, error: &Error) {
-    if let Error::Setting { key, .. } = error {
-        assert_eq!(key, "quantization_config", "{name}: {error}");
     }
 }
 

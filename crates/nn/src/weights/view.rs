@@ -144,7 +144,7 @@ fn each<const N: usize, T>(bytes: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
 }
 
 /// OCP 8-bit floating point, E4M3: bias 7, subnormals, NaN is all ones, no infinity.
-fn f8e4m3_to_f32(byte: u8) -> f32 {
+pub(super) fn f8e4m3_to_f32(byte: u8) -> f32 {
     let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
     let (exponent, mantissa) = (i32::from(byte >> 3 & 0xf), f32::from(byte & 0x7));
     match (exponent, byte & 0x7) {
@@ -155,6 +155,6 @@ fn f8e4m3_to_f32(byte: u8) -> f32 {
 }
 
 /// OCP microscaling scale, E8M0: a power of two with bias 127, NaN is all ones.
-fn f8e8m0_to_f32(byte: u8) -> f32 {
+pub(super) fn f8e8m0_to_f32(byte: u8) -> f32 {
     if byte == 0xff { f32::NAN } else { 2f64.powi(i32::from(byte) - 127) as f32 }
 }

@@ -182,6 +182,44 @@ fn stacked<'a>(w: &'a [&Tensor]) -> impl Iterator<Item = (usize, &'a Tensor)> {
     })
 }
 
+/// Rows of a weight, and the columns of them that are multiplied.
+struct Rows<'a> {
+    block: &'a [f32],
+    count: usize,
+    width: usize,
+    cols: Range<usize>,
+}
+
+/// `y[:, first..first + count] = x · w[:, cols]ᵀ` for r rows of x; y has `n` columns.
+fn product(y: &mut [f32], n: usize, (x, r): (&[f32], usize), first: usize, w: &Rows<'_>) {
+    let k = w.cols.len();
+    if (1..=FEW_ROWS).contains(&r) && k > 0 {
+        let rows: Vec<&[f32]> = w.block.chunks_exact(w.width).map(|row| &row[w.cols.clone()]).collect();
+        few_rows(y, n, x, k, (first, &rows));
+        return;
+    }
+    let b = Mat::new(&w.block[w.cols.start..], w.count, k, w.width).t();
+    gemm(&mut y[first.min(r * n)..], n, Mat::new(x, r, k, k), b, false);
+}
+
+/// As [`linear`], of rows sorted by the matrix that multiplies them.
+pub(super) fn linear_grouped(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &[usize]) -> Tensor {
+    let ((m, k), n) = (x.rows_cols(), w.shape()[1]);
+    let (values, bias) = (x.f32s(), bias.map(Tensor::f32s));
+    let mut y = vec![0.0; m * n];
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    for (e, (start, &end)) in starts.zip(ends).enumerate().filter(|(_, (start, end))| start < *end) {
+        let block = rows::f32_rows(w, e * n * k..(e + 1) * n * k);
+        let w = Rows { block: &block, count: n, width: k, cols: 0..k };
+        let y = &mut y[start * n..end * n];
+        product(y, n, (&values[start * k..end * k], end - start), 0, &w);
+        if let Some(bias) = &bias {
+            rows::add_to_each_row(y, &bias[e * n..(e + 1) * n]);
+        }
+    }
+    tensor(y, &[m, n])
+}
+
 pub(super) fn linear(
     x: &Tensor,
     w: &[&Tensor],
@@ -189,20 +227,13 @@ pub(super) fn linear(
     bias: &[&Tensor],
     residual: Option<&Tensor>,
 ) -> Tensor {
-    let ((r, k), n) = (x.rows_cols(), w.iter().map(|w| w.rows_cols().0).sum::<usize>());
+    let (r, n) = (x.rows_cols().0, w.iter().map(|w| w.rows_cols().0).sum::<usize>());
     let values = x.f32s();
     let mut y = vec![0.0; r * n];
     for (first, w) in stacked(w) {
-        let k_all = w.rows_cols().1;
         for (start, count, block) in weight_blocks(w) {
-            let first = first + start;
-            if (1..=FEW_ROWS).contains(&r) && k > 0 {
-                let rows: Vec<&[f32]> = block.chunks_exact(k_all).map(|row| &row[cols.clone()]).collect();
-                few_rows(&mut y, n, &values, k, (first, &rows));
-                continue;
-            }
-            let b = Mat::new(&block[cols.start..], count, k, k_all).t();
-            gemm(&mut y[first.min(r * n)..], n, Mat::new(&values, r, k, k), b, false);
+            let w = Rows { block: &block, count, width: w.rows_cols().1, cols: cols.clone() };
+            product(&mut y, n, (&values, r), first + start, &w);
         }
     }
     if !bias.is_empty() {

@@ -4,8 +4,10 @@
 mod adam;
 mod attention;
 mod attention_backward;
+mod delta;
 mod gemm;
 mod loss;
+mod mixture;
 mod norm;
 mod rope;
 mod rows;
@@ -17,8 +19,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::kernels::{
-    AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, Kernels, Rotation, RowLoss, SoftTargets,
-    VocabStats,
+    Activation, AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, DeltaInputs, Kernels, Rotation,
+    Router, Routes, RowLoss, SoftTargets, VocabStats,
 };
 use crate::tensor::Buffer;
 use crate::{DType, Device, Later, Result, Tensor};
@@ -144,6 +146,40 @@ impl Kernels for Cpu {
     }
     fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         Ok(swiglu::geglu(gate_up))
+    }
+    fn swiglu_clamped(&self, gate_up: &Tensor, alpha: f32, limit: f32) -> Result<Tensor> {
+        Ok(swiglu::clamped(gate_up, alpha, limit))
+    }
+    fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        Ok(match activation {
+            Activation::Sigmoid => rows::map(x, simd::sigmoid),
+            Activation::Silu => rows::map(x, |v| v * simd::sigmoid(v)),
+        })
+    }
+    fn route(&self, x: &Tensor, router: &Router<'_>) -> Result<Routes> {
+        Ok(mixture::route(x, router))
+    }
+    fn linear_grouped(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+        ends: &[usize],
+    ) -> Result<Tensor> {
+        Ok(gemm::linear_grouped(x, w, bias, ends))
+    }
+    fn weighted_rows(
+        &self,
+        x: &Tensor,
+        index: &Tensor,
+        weights: &Tensor,
+        base: Option<&Tensor>,
+        k: usize,
+    ) -> Result<Tensor> {
+        Ok(mixture::weighted_rows(x, index, weights, base, k))
+    }
+    fn delta_rule(&self, inputs: &DeltaInputs<'_>, states: &mut Tensor) -> Result<Tensor> {
+        Ok(delta::rule(inputs, states))
     }
     fn product(&self, a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor> {
         Ok(rows::product(a, b, width))

@@ -22,6 +22,18 @@ pub(super) fn geglu(gate_up: &Tensor) -> Tensor {
     })
 }
 
+/// SwiGLU with clamped inputs and a gate of slope `alpha` (gpt-oss).
+pub(super) fn clamped(gate_up: &Tensor, alpha: f32, limit: f32) -> Tensor {
+    gated(gate_up, |y, gate, up| {
+        vectorised(|| {
+            for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+                let (g, u) = (g.min(limit), u.clamp(-limit, limit));
+                *y = (u + 1.0) * (g * sigmoid(alpha * g));
+            }
+        });
+    })
+}
+
 /// Rows of what `f` makes of gate and up.
 fn gated(gate_up: &Tensor, f: impl Fn(&mut [f32], &[f32], &[f32]) + Sync) -> Tensor {
     let (rows, width) = gate_up.rows_cols();

@@ -6,9 +6,11 @@ mod launch;
 
 mod adam;
 mod attention;
+mod delta;
 mod fp8;
 mod gemm;
 mod loss;
+mod mixture;
 mod norm;
 mod rows;
 mod stored;
@@ -22,8 +24,8 @@ pub(crate) use stored::Stored;
 pub use units::units;
 
 use crate::kernels::{
-    AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, Kernels, Rotation, RowLoss, SoftTargets,
-    VocabStats,
+    Activation, AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, DeltaInputs, Kernels, Rotation,
+    Router, Routes, RowLoss, SoftTargets, VocabStats,
 };
 use crate::{DType, Later, Result, Tensor};
 
@@ -126,6 +128,40 @@ impl Kernels for Cuda {
     }
     fn geglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         norm::geglu(gate_up)
+    }
+    fn swiglu_clamped(&self, gate_up: &Tensor, alpha: f32, limit: f32) -> Result<Tensor> {
+        norm::swiglu_clamped(gate_up, alpha, limit)
+    }
+    fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        match activation {
+            Activation::Sigmoid => rows::map(x, ["sigmoid_b", "sigmoid_f"], 1.0),
+            Activation::Silu => rows::map(x, ["silu_b", "silu_f"], 1.0),
+        }
+    }
+    fn route(&self, x: &Tensor, router: &Router<'_>) -> Result<Routes> {
+        mixture::route(x, router)
+    }
+    fn linear_grouped(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+        ends: &[usize],
+    ) -> Result<Tensor> {
+        mixture::linear_grouped(x, w, bias, ends)
+    }
+    fn weighted_rows(
+        &self,
+        x: &Tensor,
+        index: &Tensor,
+        weights: &Tensor,
+        base: Option<&Tensor>,
+        k: usize,
+    ) -> Result<Tensor> {
+        mixture::weighted_rows(x, index, weights, base, k)
+    }
+    fn delta_rule(&self, inputs: &DeltaInputs<'_>, states: &mut Tensor) -> Result<Tensor> {
+        delta::rule(inputs, states)
     }
     fn product(&self, a: Columns<'_>, b: Columns<'_>, width: usize) -> Result<Tensor> {
         rows::product(a, b, width)

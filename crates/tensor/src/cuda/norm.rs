@@ -1,5 +1,7 @@
 //! RMSNorm, rotary embedding and gated activations.
 
+use specforge_cuda::Arg;
+
 use super::gemm::column_sum;
 use super::launch::{at, at_mut, gpu_of, in_bf16, output, row_blocks, run};
 use super::units::{MLP, NORM, ROPE};
@@ -159,7 +161,15 @@ pub(super) fn geglu(gate_up: &Tensor) -> Result<Tensor> {
     gated(gate_up, "geglu")
 }
 
+pub(super) fn swiglu_clamped(gate_up: &Tensor, alpha: f32, limit: f32) -> Result<Tensor> {
+    gated_by(gate_up, "swiglu_clamped", args![alpha, limit])
+}
+
 fn gated(gate_up: &Tensor, kernel: &'static str) -> Result<Tensor> {
+    gated_by(gate_up, kernel, &[])
+}
+
+fn gated_by(gate_up: &Tensor, kernel: &'static str, more: &[Arg<'_>]) -> Result<Tensor> {
     let x = in_bf16(gate_up)?;
     let (rows, width) = x.rows_cols();
     let n = width / 2;
@@ -167,7 +177,8 @@ fn gated(gate_up: &Tensor, kernel: &'static str) -> Result<Tensor> {
     if rows * n > 0 {
         let (gate, ld) = (at(&x)?, width as i32);
         let args = args![at(&y)?, gate, gate + 2 * n as u64, rows as i32, n as i32, ld, ld, n as i32];
-        run(gpu_of(&x), &MLP, kernel, [row_blocks(rows, n), 1, 1], 256, args)?;
+        let args = [args, more].concat();
+        run(gpu_of(&x), &MLP, kernel, [row_blocks(rows, n), 1, 1], 256, &args)?;
     }
     Ok(y)
 }

@@ -7,6 +7,7 @@ mod compile;
 mod fp8;
 mod invariance;
 mod loss;
+mod mixture;
 mod stack;
 mod storage;
 mod zoo;

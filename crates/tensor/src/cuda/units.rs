@@ -30,6 +30,8 @@ units! {
     ADAM = "adam",
     SKINNY = "skinny",
     FP8 = "fp8",
+    MIXTURE = "mixture",
+    DELTA = "delta",
     ATTENTION_FORWARD = "attention_forward",
     ATTENTION_FORWARD_WGMMA = "attention_forward_wgmma",
     ATTENTION_BACKWARD = "attention_backward",
@@ -48,6 +50,10 @@ macro_rules! head_dims {
 
 head_dims!(16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256);
 
+/// Widths of queries and keys that the gated delta rule takes.
+pub(crate) static DELTA_DIMS: &[(usize, Defines)] =
+    &[(16, &[("KEY_DIM", 16)]), (64, &[("KEY_DIM", 64)]), (128, &[("KEY_DIM", 128)])];
+
 /// The macros of a head size, if there are kernels for it.
 pub(crate) fn head_dim(dim: usize) -> Option<Defines> {
     HEAD_DIMS.iter().find(|(known, _)| *known == dim).map(|(_, defines)| *defines)
@@ -65,7 +71,8 @@ pub(crate) fn on_warpgroups(dim: usize) -> [bool; 2] {
 /// models have, or of one.
 pub fn units(hopper: bool, only: Option<usize>) -> Vec<(&'static Unit, Defines)> {
     let mut all: Vec<(&Unit, Defines)> =
-        [&NORM, &ROPE, &MLP, &ROWS, &LOSS, &ADAM, &SKINNY, &FP8].map(|unit| (unit, PLAIN)).to_vec();
+        [&NORM, &ROPE, &MLP, &ROWS, &LOSS, &ADAM, &SKINNY, &FP8, &MIXTURE].map(|unit| (unit, PLAIN)).to_vec();
+    all.extend(DELTA_DIMS.iter().map(|(_, defines)| (&DELTA, *defines)));
     if !hopper && only.is_none_or(|only| only == 256) {
         all.push((&ATTENTION_BACKWARD, SMALL_SHARED_256));
     }

@@ -3,7 +3,7 @@
 use super::{Part, expect_cols_from, expect_rows, expect_shape};
 use crate::kernels::{AttentionInputs, AttentionShape, Extra, Spans};
 use crate::tape::{Backward, Sink};
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{DType, Error, ParamId, Result, Tape, Tensor, Var};
 
 /// Keys and values of the same rows, `n_kv_heads * head_dim` columns each.
 #[derive(Debug, Clone)]
@@ -100,7 +100,7 @@ impl Tape<'_> {
     /// `softmax(scale · q kᵀ) v` over each query's base keys and extras, one softmax for all of them. A query that
     /// sees no key gives zeros. Nothing of size queries x keys is kept.
     pub fn attention(&self, a: &Attention<'_>) -> Result<Var> {
-        let (out, lse) = forward(a, None)?;
+        let (out, lse) = forward(a, None, None)?;
         let (query, base, needed) = (&a.query, a.base, self.is_needed(a));
         Ok(self.record(out.clone(), needed, || {
             Box::new(Saved {
@@ -120,7 +120,22 @@ impl Tape<'_> {
         if self.is_needed(a) {
             return Err(Error::NoGradient { op: "attention_capped" });
         }
-        Ok(self.input(forward(a, Some(cap))?.0))
+        Ok(self.input(forward(a, None, Some(cap))?.0))
+    }
+
+    /// As [`Tape::attention`], with one more logit per query head in the softmax, which has no value (attention sinks,
+    /// float32 `[n_heads]`; Xiao et al., 2024). It has no gradient.
+    pub fn attention_with_sinks(&self, a: &Attention<'_>, sinks: ParamId) -> Result<Var> {
+        if self.is_needed(a) {
+            return Err(Error::NoGradient { op: "attention_with_sinks" });
+        }
+        let sinks = &self.params().get(sinks).value;
+        expect_shape("attention", "sinks", sinks, &[a.shape.n_heads])?;
+        if sinks.dtype() != DType::F32 {
+            let (op, what, got) = ("attention", "sinks", sinks.dtype());
+            return Err(Error::DType { op, what, expected: "F32", got });
+        }
+        Ok(self.input(forward(a, Some(sinks), None)?.0))
     }
 
     /// Whether a gradient is wanted for anything that an attention reads.
@@ -131,11 +146,11 @@ impl Tape<'_> {
 }
 
 /// Output and log-sum-exp, once the shapes are checked.
-fn forward(a: &Attention<'_>, cap: Option<f32>) -> Result<(Tensor, Tensor)> {
+fn forward(a: &Attention<'_>, sinks: Option<&Tensor>, cap: Option<f32>) -> Result<(Tensor, Tensor)> {
     check(a)?;
     let (query, base, extras) = (&a.query, a.base, extras_of(a.extras));
     let qkv = [query.columns(), base.key.columns(), base.value.columns()];
-    let inputs = AttentionInputs { shape: a.shape, qkv, spans: a.spans, extras: &extras, sinks: None, cap };
+    let inputs = AttentionInputs { shape: a.shape, qkv, spans: a.spans, extras: &extras, sinks, cap };
     query.of.value().device().kernels().attention(&inputs)
 }
 

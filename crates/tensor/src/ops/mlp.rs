@@ -72,6 +72,14 @@ impl Tape<'_> {
         Ok(self.input(gate_up.value().device().kernels().geglu(gate_up.value())?))
     }
 
+    /// `(clamp(up, -limit, limit) + 1) · g · sigmoid(alpha · g)` with `g = min(gate, limit)` (gpt-oss), of gate and up
+    /// side by side, `[R, 2 I]` to `[R, I]`. It has no gradient.
+    pub fn swiglu_clamped(&self, gate_up: &Var, alpha: f32, limit: f32) -> Result<Var> {
+        expect_pairs("swiglu_clamped", gate_up)?;
+        self.expect_frozen("swiglu_clamped", gate_up)?;
+        Ok(self.input(gate_up.value().device().kernels().swiglu_clamped(gate_up.value(), alpha, limit)?))
+    }
+
     /// `cap · tanh(x / cap)`. It has no gradient.
     pub fn soft_cap(&self, x: &Var, cap: f32) -> Result<Var> {
         self.expect_frozen("soft_cap", x)?;
@@ -111,7 +119,7 @@ impl Tape<'_> {
         Ok(self.input(x.value().device().kernels().short_conv(x.value(), index, w)?))
     }
 
-    fn expect_frozen(&self, op: &'static str, x: &Var) -> Result<()> {
+    pub(super) fn expect_frozen(&self, op: &'static str, x: &Var) -> Result<()> {
         if self.any_needed(&[x]) { Err(Error::NoGradient { op }) } else { Ok(()) }
     }
 

@@ -1,17 +1,21 @@
 //! The operations of the tape: shape checks, the call of the device's kernel, and what the backward keeps.
 
 mod attention;
+mod delta;
 mod linear;
 mod loss;
+mod mixture;
 mod mlp;
 mod norm;
 mod rope;
 mod rows;
 
 pub use attention::{Attention, KeyValue};
+pub use delta::Delta;
 pub use linear::Weight;
 pub(crate) use loss::teacher_chunks;
 pub use loss::{GroupLoss, LossFigures, LossRows, Objective, SoftTargetLoss, Teacher};
+pub use mixture::{Experts, RouterParams};
 pub use rope::{Part, Rope};
 pub use rows::Collected;
 

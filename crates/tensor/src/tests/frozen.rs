@@ -4,7 +4,7 @@ use specforge_testkit::assert_close;
 
 use super::attention::{leaves_of, plain_of};
 use super::{Op, documents, heads, matrix, rows};
-use crate::{Attention, AttentionShape, KeyValue, Part, Spans, Tensor};
+use crate::{Activation, Attention, AttentionShape, KeyValue, Part, Spans, Tensor};
 
 /// Numbers from far below 0 to far above, `[30, 40]`.
 fn spread() -> Tensor {
@@ -23,6 +23,9 @@ pub(crate) fn element_wise() -> Vec<(&'static str, Op)> {
             }),
         ),
         ("short_conv", short_conv()),
+        ("swiglu_clamped", Op::new(vec![spread()], vec![], |t, v, _| t.swiglu_clamped(&v[0], 1.702, 7.0))),
+        ("activated", Op::new(vec![spread()], vec![], |t, v, _| t.activated(&v[0], Activation::Sigmoid))),
+        ("activated", Op::new(vec![spread()], vec![], |t, v, _| t.activated(&v[0], Activation::Silu))),
     ]
 }
 
@@ -69,7 +72,17 @@ fn values_agree_with_their_formulas() {
     let gelu =
         |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh());
     let geglu = x.chunks(40).flat_map(|row| (0..20).map(move |i| gelu(row[i]) * row[20 + i]));
-    let [(_, gated), (_, capped), (_, product), (_, conv)] = &element_wise()[..] else { unreachable!() };
+    let [(_, gated), (_, capped), (_, product), (_, conv), (_, clamped), (_, sigmoid), (_, silu)] =
+        &element_wise()[..]
+    else {
+        unreachable!()
+    };
+    let logistic = |x: f64| 1.0 / (1.0 + (-x).exp());
+    check_values("sigmoid", &sigmoid.value(), x.iter().map(|v| logistic(*v)));
+    check_values("silu", &silu.value(), x.iter().map(|v| v * logistic(*v)));
+    let clamp = |g: f64, u: f64| (u.clamp(-7.0, 7.0) + 1.0) * g.min(7.0) * logistic(1.702 * g.min(7.0));
+    let clamps = x.chunks(40).flat_map(|row| (0..20).map(move |i| clamp(row[i], row[20 + i])));
+    check_values("swiglu_clamped", &clamped.value(), clamps);
     check_values("geglu", &gated.value(), geglu);
     check_values("soft_cap", &capped.value(), x.iter().map(|v| 5.0 * (v / 5.0).tanh()));
     let products = x.chunks(40).flat_map(|row| (0..17).map(move |i| row[3 + i] * row[20 + i]));
@@ -101,6 +114,21 @@ fn capped_scores_agree_with_a_plain_softmax() {
         let error = got.try_gradients(1).unwrap_err().to_string();
         assert_eq!(error, "attention_capped has no gradient: only frozen targets use it");
     }
+}
+
+#[test]
+fn sinks_are_parameters_of_an_attention_without_gradient() {
+    let (shape, spans) = (heads(4, 2, 24), documents(&[1, 40, 20], 30));
+    let leaves = leaves_of(shape, 61, 61, 0);
+    let sinks = matrix(vec![-3.0, 0.5, 2.0, 4.0], &[4]);
+    let [expected, _] = plain_of(shape, &spans, &leaves, &[], Some(&sinks), |score| score);
+    let op = Op::new(leaves, vec![sinks], move |tape, v, p| {
+        let (query, base) = (Part::new(&v[0], 0), KeyValue::new(&v[1], &v[2]));
+        tape.attention_with_sinks(&Attention { shape, query, base: &base, spans: &spans, extras: &[] }, p[0])
+    });
+    assert_close("sinks", &op.value().f32s(), &expected, 2e-6, 2e-5);
+    let error = op.try_gradients(1).unwrap_err().to_string();
+    assert_eq!(error, "attention_with_sinks has no gradient: only frozen targets use it");
 }
 
 #[test]

@@ -6,10 +6,10 @@
 // GELU by its tanh approximation: x (1 + tanh z) / 2 = x sigmoid(2 z).
 __device__ __forceinline__ float gelu(float x) { return x * sigmoid(1.5957691f * (x + 0.044715f * x * x * x)); }
 
-// y = f(gate) up.
-template <float (*F)(float)>
+// y = f(gate, up).
+template <class F>
 __device__ __forceinline__ void gated(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu,
-                                      int ldy) {
+                                      int ldy, F f) {
   const bool wide = (width | ldg | ldu | ldy) % 8 == 0 && aligned(gate, up) && aligned(y);
   for_columns(rows, width, wide, [&](i64 r, int c, auto w) {
     constexpr int V = decltype(w)::value;
@@ -17,20 +17,28 @@ __device__ __forceinline__ void gated(bf16* y, const bf16* gate, const bf16* up,
     load(gate + r * ldg + c, g);
     load(up + r * ldu + c, u);
 #pragma unroll
-    for (int i = 0; i < V; ++i) u[i] *= F(g[i]);
+    for (int i = 0; i < V; ++i) u[i] = f(g[i], u[i]);
     store(y + r * ldy + c, u);
   });
 }
 
-// SwiGLU and GEGLU.
+// SwiGLU, GEGLU, and SwiGLU of clamped inputs with a gate of slope alpha.
 // Block 256; grid min(rows, ceil(rows * width / 2048)) (any grid is correct); no dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(256)
     swiglu(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu, int ldy) {
-  gated<silu>(y, gate, up, rows, width, ldg, ldu, ldy);
+  gated(y, gate, up, rows, width, ldg, ldu, ldy, [](float g, float u) { return u * silu(g); });
 }
 extern "C" __global__ void __launch_bounds__(256)
     geglu(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu, int ldy) {
-  gated<gelu>(y, gate, up, rows, width, ldg, ldu, ldy);
+  gated(y, gate, up, rows, width, ldg, ldu, ldy, [](float g, float u) { return u * gelu(g); });
+}
+extern "C" __global__ void __launch_bounds__(256)
+    swiglu_clamped(bf16* y, const bf16* gate, const bf16* up, int rows, int width, int ldg, int ldu, int ldy,
+                   float alpha, float limit) {
+  gated(y, gate, up, rows, width, ldg, ldu, ldy, [=](float g, float u) {
+    g = fminf(g, limit);
+    return (fminf(fmaxf(u, -limit), limit) + 1.f) * g * sigmoid(alpha * g);
+  });
 }
 
 // With s = sigmoid(gate): dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, and y = gate s up again unless null.

@@ -95,10 +95,16 @@ KERNEL short_conv(bf16* y, const bf16* x, const u32* index, const bf16* w, int r
   }
 __device__ __forceinline__ float times(float x, float factor) { return factor * x; }
 __device__ __forceinline__ float soft_capped(float x, float cap) { return cap * tanhf(x / cap); }
+__device__ __forceinline__ float sigmoid(float x, float) { return 1.f / (1.f + expf(-x)); }
+__device__ __forceinline__ float silu(float x, float) { return x / (1.f + expf(-x)); }
 MAP(scale_b, bf16, times)
 MAP(scale_f, float, times)
 MAP(soft_cap_b, bf16, soft_capped)
 MAP(soft_cap_f, float, soft_capped)
+MAP(sigmoid_b, bf16, sigmoid)
+MAP(sigmoid_f, float, sigmoid)
+MAP(silu_b, bf16, silu)
+MAP(silu_f, float, silu)
 
 // dst += src, one rounding.
 #define ADD_ASSIGN(name, D, S)                                                                                \
