@@ -116,23 +116,48 @@ impl Gpu {
     /// A copy of host bytes on the device. Small ones go with the compute stream; large ones piece by piece on a stream
     /// of their own, while earlier work runs, and later work waits for them.
     pub fn upload(&'static self, bytes: &[u8]) -> Result<Arc<Memory>> {
-        self.bind()?;
         if bytes.len() <= BY_DRIVER {
-            let memory = self.alloc(bytes.len())?;
-            if !bytes.is_empty() {
-                // SAFETY: the destination has these bytes, and the driver takes so few before it returns.
-                unsafe { result::memcpy_htod_async(memory.address(), bytes, self.stream()) }
-                    .called("cuMemcpyHtoDAsync")?;
-            }
-            return Ok(memory);
+            return self.upload_now(bytes);
         }
-        let memory = self.alloc_on(bytes.len(), self.copies())?;
-        for (i, piece) in bytes.chunks(PIECE).enumerate() {
-            let (mut buffer, copied) = self.pinned(piece.len())?;
-            buffer.as_mut_slice(piece.len()).copy_from_slice(piece);
-            let (to, staged) = (memory.address() + (i * PIECE) as u64, buffer.as_slice(piece.len()));
+        self.upload_with(bytes.len(), 1, |first, piece| piece.copy_from_slice(&bytes[first..][..piece.len()]))
+    }
+
+    fn upload_now(&'static self, bytes: &[u8]) -> Result<Arc<Memory>> {
+        self.bind()?;
+        let memory = self.alloc(bytes.len())?;
+        if !bytes.is_empty() {
+            // SAFETY: the destination has these bytes, and the driver takes so few before it returns.
+            unsafe { result::memcpy_htod_async(memory.address(), bytes, self.stream()) }
+                .called("cuMemcpyHtoDAsync")?;
+        }
+        Ok(memory)
+    }
+
+    /// As [`Gpu::upload`], of bytes that are written where they leave from: `fill` is given the first byte of a piece and
+    /// the piece, which is whole units of `unit` bytes.
+    pub fn upload_with(
+        &'static self,
+        bytes: usize,
+        unit: usize,
+        fill: impl Fn(usize, &mut [u8]),
+    ) -> Result<Arc<Memory>> {
+        if bytes <= BY_DRIVER {
+            let mut all = vec![0; bytes];
+            fill(0, &mut all);
+            return self.upload_now(&all);
+        }
+        self.bind()?;
+        let memory = self.alloc_on(bytes, self.copies())?;
+        let most = (PIECE / unit.max(1) * unit).max(unit);
+        for first in (0..bytes).step_by(most) {
+            let n = most.min(bytes - first);
+            let (mut buffer, copied) = self.pinned(n)?;
+            fill(first, buffer.as_mut_slice(n));
             // SAFETY: the destination has these bytes; the buffer is not touched before `copied` is passed.
-            unsafe { result::memcpy_htod_async(to, staged, self.copies()) }.called("cuMemcpyHtoDAsync")?;
+            unsafe {
+                result::memcpy_htod_async(memory.address() + first as u64, buffer.as_slice(n), self.copies())
+            }
+            .called("cuMemcpyHtoDAsync")?;
             copied.record(self.copies())?;
             self.give_back(Some((buffer, copied)));
         }

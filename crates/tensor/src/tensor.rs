@@ -5,7 +5,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use crate::cuda::Stored;
 use crate::{Device, Error, Later, Result};
@@ -93,7 +92,7 @@ impl Tensor {
         }
         let buffer = match device.gpu() {
             None => buffer,
-            Some(gpu) => Buffer::Cuda(Stored::upload(gpu, buffer)?),
+            Some(gpu) => Buffer::Cuda(Stored::upload(gpu, &buffer)?),
         };
         Ok(Self { shape: shape.to_vec(), buffer: Arc::new(buffer), device })
     }
@@ -214,11 +213,11 @@ impl Tensor {
         if device == self.device {
             return Ok(self.clone());
         }
-        let host = match &*self.buffer {
-            Buffer::Cuda(stored) => stored.download()?,
-            host => host.clone(),
-        };
-        Self::from_host(device, host, &self.shape)
+        match (&*self.buffer, device.gpu()) {
+            (Buffer::Cuda(stored), _) => Self::from_host(device, stored.download()?, &self.shape),
+            (host, None) => Self::from_host(device, host.clone(), &self.shape),
+            (host, Some(gpu)) => Ok(Self::from_stored(device, Stored::upload(gpu, host)?, &self.shape)),
+        }
     }
 
     /// The same elements under another shape.
@@ -229,19 +228,20 @@ impl Tensor {
         Ok(Self { shape: shape.to_vec(), ..self.clone() })
     }
 
-    /// The rows of a tensor in host memory that `index` names, in its own element type.
-    pub(crate) fn host_rows(&self, index: &[u32]) -> Result<Self> {
+    /// The rows of a tensor in host memory that `index` names on a device, in the tensor's own element type.
+    pub(crate) fn rows_from_host(&self, index: &[u32], device: Device) -> Result<Self> {
+        let gpu = device.gpu().expect("a CPU gathers rows of its own tensors");
         let width = self.rows_cols().1;
-        let buffer = match &*self.buffer {
-            Buffer::F32(v) => Buffer::F32(picked(v, width, index)),
-            Buffer::Bf16(v) => Buffer::Bf16(picked(v, width, index)),
-            Buffer::F16(v) => Buffer::F16(picked(v, width, index)),
+        let stored = match &*self.buffer {
+            Buffer::F32(v) => Stored::upload_rows(gpu, (v, DType::F32), width, index)?,
+            Buffer::Bf16(v) => Stored::upload_rows(gpu, (v, DType::Bf16), width, index)?,
+            Buffer::F16(v) => Stored::upload_rows(gpu, (v, DType::F16), width, index)?,
             Buffer::U32(_) | Buffer::I16(_) | Buffer::Cuda(_) => {
                 let (op, what, got) = ("embedding", "a table on the host", self.dtype());
                 return Err(Error::DType { op, what, expected: "a float type", got });
             }
         };
-        Self::from_host(Device::Cpu, buffer, &[index.len(), width])
+        Ok(Self::from_stored(device, stored, &[index.len(), width]))
     }
 
     /// Some rows; on a device they share the storage.
@@ -490,11 +490,4 @@ impl Tensor {
         }
         Ok(())
     }
-}
-
-fn picked<T: Copy + Default + Send + Sync>(values: &[T], width: usize, index: &[u32]) -> Vec<T> {
-    let mut rows = vec![T::default(); index.len() * width];
-    let pairs = rows.par_chunks_mut(width.max(1)).zip(index.par_iter());
-    pairs.for_each(|(row, &i)| row.copy_from_slice(&values[i as usize * width..][..width]));
-    rows
 }

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 use specforge_cuda::{Gpu, Memory};
 
 use super::launch::{elements, run};
@@ -68,16 +69,31 @@ impl Stored {
         }
     }
 
-    pub(crate) fn upload(gpu: &'static Gpu, host: Buffer) -> Result<Self> {
+    pub(crate) fn upload(gpu: &'static Gpu, host: &Buffer) -> Result<Self> {
         let of = |bytes: &[u8], dtype, len| Ok(Self::over(gpu.upload(bytes)?, 0, dtype, len));
         match host {
-            Buffer::F32(v) => of(bytemuck::cast_slice(&v), DType::F32, v.len()),
-            Buffer::Bf16(v) => of(bytemuck::cast_slice(&v), DType::Bf16, v.len()),
-            Buffer::F16(v) => of(bytemuck::cast_slice(&v), DType::F16, v.len()),
-            Buffer::I16(v) => of(bytemuck::cast_slice(&v), DType::I16, v.len()),
-            Buffer::U32(v) => Ok(Self::of_index(gpu.ordinal(), v)),
-            Buffer::Cuda(stored) => Self::upload(gpu, stored.download()?),
+            Buffer::F32(v) => of(bytemuck::cast_slice(v), DType::F32, v.len()),
+            Buffer::Bf16(v) => of(bytemuck::cast_slice(v), DType::Bf16, v.len()),
+            Buffer::F16(v) => of(bytemuck::cast_slice(v), DType::F16, v.len()),
+            Buffer::I16(v) => of(bytemuck::cast_slice(v), DType::I16, v.len()),
+            Buffer::U32(v) => Ok(Self::of_index(gpu.ordinal(), v.clone())),
+            Buffer::Cuda(stored) => Self::upload(gpu, &stored.download()?),
         }
+    }
+
+    /// The rows of a table in host memory that `index` names. They are copied, on all threads, to where they leave from.
+    pub(crate) fn upload_rows<T: bytemuck::Pod + Sync>(
+        gpu: &'static Gpu,
+        (table, dtype): (&[T], DType),
+        width: usize,
+        index: &[u32],
+    ) -> Result<Self> {
+        let (table, row): (&[u8], usize) = (bytemuck::cast_slice(table), width * size_of::<T>());
+        let memory = gpu.upload_with(index.len() * row, row, |first, piece| {
+            let rows = piece.par_chunks_mut(row.max(1)).zip(&index[first / row.max(1)..]);
+            rows.for_each(|(to, &i)| to.copy_from_slice(&table[i as usize * row..][..row]));
+        })?;
+        Ok(Self::over(memory, 0, dtype, index.len() * width))
     }
 
     /// Waits for the device.

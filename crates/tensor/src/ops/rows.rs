@@ -46,8 +46,7 @@ impl Tape<'_> {
         let y = if table.device() == index.device() {
             table.device().kernels().gather_rows(table, index)?
         } else {
-            let rows = table.host_rows(&index.to_u32())?.to_device(index.device())?;
-            rows.cast(index.device().storage())?
+            table.rows_from_host(&index.to_u32(), index.device())?.cast(index.device().storage())?
         };
         Ok(self.record(y, self.is_trained(id), || Box::new(Embedding { id, index: index.clone() })))
     }

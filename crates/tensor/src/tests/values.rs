@@ -264,17 +264,3 @@ fn gradients_of_earlier_tapes_are_added_to() {
     assert_eq!(Device::from_name("cpu").unwrap(), Device::Cpu);
     assert_eq!(Device::from_name("auto").unwrap(), Device::cuda(0).unwrap_or(Device::Cpu));
 }
-
-#[test]
-fn rows_of_a_table_on_the_host_keep_their_type_and_values() {
-    let mut rng = Lcg::new(9);
-    let (table, index) = (normal(&mut rng, &[7, 5]), [3u32, 0, 6, 3]);
-    for dtype in [DType::F32, DType::Bf16, DType::F16] {
-        let table = table.cast(dtype).unwrap();
-        let got = table.host_rows(&index).unwrap();
-        assert_eq!((got.dtype(), got.shape()), (dtype, &[4, 5][..]));
-        let want = Device::Cpu.kernels().gather_rows(&table, &rows(index)).unwrap();
-        assert_eq!(bits(&got), bits(&want));
-    }
-    assert!(rows([1]).host_rows(&index).is_err());
-}

@@ -229,3 +229,22 @@ fn cuda_numbers_are_told_from_what_is_none() {
     }
     assert!(device.kernels().all_finite(&Tensor::zeros(device, &[0]).unwrap()).unwrap().wait().unwrap());
 }
+
+/// Few rows, and more than one piece of pinned memory takes.
+#[test]
+fn cuda_rows_of_a_table_on_the_host_keep_their_type_and_values() {
+    let Some(device) = device() else { return };
+    let table = normal(&mut Lcg::new(9), &[70, 1001]);
+    for n in [4, 6000] {
+        let index: Vec<u32> = (0..n).map(|i| i * 37 % 70).collect();
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let table = table.cast(dtype).unwrap();
+            let got = table.rows_from_host(&index, device).unwrap();
+            assert_eq!((got.dtype(), got.shape()), (dtype, &[n as usize, 1001][..]));
+            let want = Device::Cpu.kernels().gather_rows(&table, &rows(index.clone())).unwrap();
+            let got = got.to_device(Device::Cpu).unwrap().cast(DType::F32).unwrap();
+            assert_eq!(bits(&got), bits(&want.cast(DType::F32).unwrap()), "{n} rows of {dtype:?}");
+        }
+    }
+    assert!(rows([1]).rows_from_host(&[0], device).is_err());
+}
