@@ -78,7 +78,6 @@ impl KvCache {
         if n < self.len() {
             self.layers.iter_mut().flatten().for_each(|rows| rows.truncate_rows(n));
         }
-        self.states.iter_mut().for_each(|states| states.retain(|(at, _)| *at <= n));
         self.last = (self.len(), Vec::new());
         self.is_tree = false;
     }

@@ -28,7 +28,7 @@ pub struct TargetInfo {
     pub n_kv_heads: usize,
     /// Width of a head; times `n_heads` it need not be H.
     pub head_dim: usize,
-    /// Width of the MLP.
+    /// Width of the MLP; where all layers have experts, what the configuration calls so.
     pub intermediate_size: usize,
     /// Epsilon of every RMSNorm.
     pub rms_norm_eps: f64,

@@ -145,7 +145,8 @@ impl Mixture {
     }
 
     fn add_to(&self, tape: &Tape<'_>, h: &Var, x: &Var) -> Result<Var> {
-        let row = 2 * self.width * self.router.rule.top_k * x.value().device().storage().size();
+        let widest = (2 * self.width).max(x.rows_cols().1);
+        let row = widest * self.router.rule.top_k * x.value().device().storage().size();
         in_chunks(tape, row, Some(h), x, |h, x| self.chunk(tape, h, x))
     }
 

@@ -125,3 +125,38 @@ fn layer_types_decide_which_layers_have_the_window() {
     assert_eq!(last(&by_types), last(&target("Qwen3ForCausalLM", &by_number)));
     assert_ne!(last(&by_types), last(&types(["full_attention"; 3])));
 }
+
+/// With a vision tower beside it a language model has another name, and so have its tensors.
+#[test]
+fn composite_checkpoints_are_their_language_models() {
+    let pairs = [
+        (
+            "Llama4ForCausalLM",
+            "Llama4ForConditionalGeneration",
+            "language_model.model",
+            "language_model.lm_head",
+        ),
+        ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "model.language_model", "lm_head"),
+        ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration", "model.language_model", "lm_head"),
+    ];
+    for (plain, composite, body, head) in pairs {
+        let (_, extra) = kinds().into_iter().find(|(name, _)| *name == plain).unwrap();
+        let text = config(plain, &extra);
+        let renamed = |(name, shape): (String, Vec<usize>)| {
+            let name = match name.strip_prefix("model") {
+                Some(rest) => format!("{body}{rest}"),
+                None => name.replace("lm_head", head),
+            };
+            (name, shape)
+        };
+        let mut tensors: Vec<_> = tensors(&text).into_iter().map(renamed).collect();
+        tensors.push(("model.visual.patch_embed.weight".to_owned(), vec![3, 3]));
+        let dir = tempdir();
+        let whole = json!({ "architectures": [composite], "text_config": text, "vision_config": {} });
+        write(dir.path(), &whole, &tensors);
+        let composite = Target::load(dir.path(), Device::Cpu, None).unwrap();
+        let last = |t: &Target| t.forward(&[&tokens(3, 20)], &all(t)).unwrap().last_hidden.unwrap().to_f32();
+        assert_eq!(last(&composite), last(&target(plain, &extra)), "{plain}");
+        assert_eq!(composite.info().architecture, whole["architectures"][0].as_str().unwrap());
+    }
+}

@@ -31,7 +31,7 @@ pub(crate) fn kinds() -> Vec<(&'static str, Value)> {
         (
             "Llama4ForCausalLM",
             json!({ "num_local_experts": 5, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
-            "intermediate_size_mlp": 40, "no_rope_layers": [1, 0, 1], "attention_chunk_size": 5, "floor_scale": 4 }),
+            "intermediate_size_mlp": 40, "no_rope_layers": [1, 0, 1], "attention_chunk_size": 4, "floor_scale": 4 }),
         ),
         ("Qwen3NextForCausalLM", with(&experts, &linear)),
         ("Qwen3_5ForCausalLM", linear.clone()),

@@ -202,21 +202,25 @@ fn product(y: &mut [f32], n: usize, (x, r): (&[f32], usize), first: usize, w: &R
     gemm(&mut y[first.min(r * n)..], n, Mat::new(x, r, k, k), b, false);
 }
 
-/// As [`linear`], of rows sorted by the matrix that multiplies them.
+/// As [`linear`], of rows sorted by the matrix that multiplies them; each matrix by a thread of its own.
 pub(super) fn linear_grouped(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &[usize]) -> Tensor {
     let ((m, k), n) = (x.rows_cols(), w.shape()[1]);
     let (values, bias) = (x.f32s(), bias.map(Tensor::f32s));
     let mut y = vec![0.0; m * n];
-    let starts = std::iter::once(0).chain(ends.iter().copied());
-    for (e, (start, &end)) in starts.zip(ends).enumerate().filter(|(_, (start, end))| start < *end) {
+    let (mut parts, mut rest, mut start) = (Vec::new(), &mut y[..], 0);
+    for (e, &end) in ends.iter().enumerate() {
+        let (part, more) = rest.split_at_mut((end - start) * n);
+        parts.push((e, start..end, part));
+        (rest, start) = (more, end);
+    }
+    parts.into_par_iter().filter(|(_, rows, _)| !rows.is_empty()).for_each(|(e, range, y)| {
         let block = rows::f32_rows(w, e * n * k..(e + 1) * n * k);
         let w = Rows { block: &block, count: n, width: k, cols: 0..k };
-        let y = &mut y[start * n..end * n];
-        product(y, n, (&values[start * k..end * k], end - start), 0, &w);
+        product(y, n, (&values[range.start * k..range.end * k], range.len()), 0, &w);
         if let Some(bias) = &bias {
             rows::add_to_each_row(y, &bias[e * n..(e + 1) * n]);
         }
-    }
+    });
     tensor(y, &[m, n])
 }
 

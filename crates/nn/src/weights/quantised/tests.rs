@@ -44,7 +44,7 @@ fn blocks_of_8_bits_have_their_factors() {
 #[test]
 fn every_4_bit_number_is_widened() {
     // All 16 codes, the first of a pair in the lower half of its byte, twice; then zeros with the smallest scale.
-    let all: Vec<u8> = (0..8).map(|i| (2 * i + 1) << 4 | 2 * i).collect::<Vec<_>>().repeat(2);
+    let all: Vec<u8> = (0..8).map(|i| ((2 * i + 1) << 4) | (2 * i)).collect::<Vec<_>>().repeat(2);
     let blocks = [&all[..], &all, &[0x98; 16]].concat();
     let (name, shape) = ("x_blocks", &[3, 1, 16][..]);
     let (_dir, weights) =
