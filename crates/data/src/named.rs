@@ -13,9 +13,9 @@ use crate::error::{Error, Result};
 /// The entries that come with the program.
 const BUILT_IN: &str = include_str!("named.toml");
 
-/// Strings of one chat template. Field by field explained at the top of the table.
+/// Strings of one chat template: how the turns of an assistant begin and end in a rendered text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct NamedTemplate {
     /// Text that begins an assistant turn; what follows is supervised.
     pub assistant_header: String,
@@ -46,6 +46,25 @@ pub struct NamedTemplate {
     /// Rendered in the harmony format.
     #[serde(default)]
     pub harmony: bool,
+    /// What SpecForge searches for, where that differs; read with `data.mask-compat`.
+    #[serde(default)]
+    pub specforge: Option<SpecforgeStrings>,
+}
+
+/// What SpecForge searches for in the texts of a template; what is absent is as in the entry itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct SpecforgeStrings {
+    /// Text that begins an assistant turn.
+    pub assistant_header: Option<String>,
+    /// Texts after the header that still belong to the prompt.
+    pub after_header: Vec<String>,
+    /// Texts that end a turn and are supervised with it; an empty list: SpecForge cannot use the template.
+    pub end_of_turn: Option<Vec<String>>,
+    /// Texts that are not supervised.
+    pub ignore: Option<Vec<String>>,
+    /// A turn ends after the next `[Round n] USER:`.
+    pub rounds: bool,
 }
 
 /// Supervised bytes of a text, and the bytes inside them that are not.
@@ -69,15 +88,11 @@ pub fn named_templates(extension: Option<&Path>) -> Result<BTreeMap<String, Name
 fn parse(text: &str, origin: &str) -> Result<BTreeMap<String, NamedTemplate>> {
     let table: BTreeMap<String, NamedTemplate> = toml::from_str(text)
         .map_err(|error| Error::Template { origin: origin.to_owned(), message: error.to_string() })?;
-    let incomplete = table.iter().find(|(_, template)| !template.is_complete());
-    match incomplete {
+    match table.iter().find_map(|(name, template)| Some((name, template.incomplete()?))) {
         None => Ok(table),
-        Some((name, _)) => Err(Error::Template {
-            origin: origin.to_owned(),
-            message: format!(
-                "[{name}] needs an assistant_header and at least one end_of_turn or stop, none empty"
-            ),
-        }),
+        Some((name, message)) => {
+            Err(Error::Template { origin: origin.to_owned(), message: format!("[{name}] {message}") })
+        }
     }
 }
 
@@ -99,6 +114,7 @@ impl NamedTemplate {
             reasoning: true,
             enable_thinking: None,
             harmony: false,
+            specforge: None,
         }
     }
 
@@ -159,11 +175,13 @@ impl NamedTemplate {
         text
     }
 
-    fn is_complete(&self) -> bool {
+    /// What an entry lacks.
+    pub fn incomplete(&self) -> Option<&'static str> {
         let all = [&self.after_header, &self.end_of_turn, &self.stop, &self.ignore];
         let ends = self.end_of_turn.len() + self.stop.len();
-        ends > 0
+        let complete = ends > 0
             && !self.assistant_header.is_empty()
-            && all.into_iter().flatten().all(|text| !text.is_empty())
+            && all.into_iter().flatten().all(|text| !text.is_empty());
+        (!complete).then_some("needs an assistant-header and at least one end-of-turn or stop, none empty")
     }
 }

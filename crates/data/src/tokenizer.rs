@@ -77,6 +77,12 @@ impl Tokenizer {
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets })
     }
 
+    /// Number of tokens of a rendered chat.
+    pub(crate) fn count(&self, text: &str) -> Result<usize> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|error| self.failed(error.as_ref()))?;
+        Ok(encoding.get_ids().len())
+    }
+
     /// Encodes plain text as the target expects a prompt without a chat template: with its begin-of-sequence
     /// token, if the tokenizer adds one.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
