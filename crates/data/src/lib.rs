@@ -35,7 +35,7 @@ pub use conversation::{Conversation, Message};
 pub use encode::RowFormat;
 pub use error::{Error, Result};
 pub use mask::loss_mask;
-pub use named::{NamedTemplate, SpecforgeStrings, Spans, named_templates};
+pub use named::{NamedTemplate, Spans, SpecforgeStrings, named_templates};
 pub use prepare::{MaskCompat, OnError, PrepareConfig, prepare};
 pub use prompts::{Prompt, read_prompts};
 pub use report::{DropReason, Dropped, Report, SpanSource, Warning};

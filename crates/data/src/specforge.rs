@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::named::{NamedTemplate, SpecforgeStrings, Spans};
+use crate::named::{NamedTemplate, Spans, SpecforgeStrings};
 use crate::tokenizer::{Encoded, Tokenizer};
 
 /// What SpecForge searches for in texts of one template.
@@ -89,13 +89,16 @@ impl Search {
         let mut mask = vec![0; encoded.ids.len()];
         if self.harmony {
             for (bit, token) in mask.iter_mut().zip(&encoded.offsets) {
-                *bit = u8::from(spans.turns.iter().any(|turn| turn.start <= token.start && token.end <= turn.end));
+                *bit = u8::from(
+                    spans.turns.iter().any(|turn| turn.start <= token.start && token.end <= turn.end),
+                );
             }
             return Ok(mask);
         }
         for (ranges, bit) in [(&spans.turns, 1), (&spans.ignored, 0)] {
             for range in ranges {
-                let count = |end: usize| Ok::<_, crate::Error>(tokenizer.count(&text[..end])?.min(mask.len()));
+                let count =
+                    |end: usize| Ok::<_, crate::Error>(tokenizer.count(&text[..end])?.min(mask.len()));
                 let (start, end) = (count(range.start)?, count(range.end)?);
                 if start < end {
                     mask[start..end].fill(bit);

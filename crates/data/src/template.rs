@@ -20,8 +20,8 @@ use crate::mask;
 use crate::named::{NamedTemplate, Spans, named_templates};
 use crate::report::{DropReason, SpanSource};
 use crate::spans::{self, Markers, Render};
-use crate::special::SpecialTokens;
 use crate::specforge::Search;
+use crate::special::SpecialTokens;
 use crate::tokenizer::{Encoded, Tokenizer};
 
 /// How conversations become text, and how the assistant's part is found.
@@ -115,10 +115,14 @@ impl ChatTemplate {
             Err(Error::Setting { name: "mask-compat", expected, got: message.to_owned() })
         };
         let Some(named) = &self.named else {
-            return fail("\"specforge\" without data.template.name: SpecForge finds turns by named strings alone");
+            return fail(
+                "\"specforge\" without data.template.name: SpecForge finds turns by named strings alone",
+            );
         };
         let Some(search) = Search::of(named) else {
-            return fail("\"specforge\" with a template without a supervised end of turn, on which SpecForge fails");
+            return fail(
+                "\"specforge\" with a template without a supervised end of turn, on which SpecForge fails",
+            );
         };
         self.specforge = Some(search);
         Ok(self)

@@ -70,13 +70,7 @@ impl Run<'_> {
         written
     }
 
-    fn write_to(
-        &self,
-        work: &mut Work,
-        folder: &Path,
-        key: &str,
-        settings: serde_json::Value,
-    ) -> Result<()> {
+    fn write_to(&self, work: &mut Work, folder: &Path, key: &str, settings: serde_json::Value) -> Result<()> {
         let (writer, done) = work.open()?;
         let mut output = Output { writer, report: Report::default(), seen: BTreeSet::new() };
         if let Some(done) = &done {
@@ -131,7 +125,8 @@ impl Run<'_> {
 
     fn encode_file(&self, reading: &Reading<'_>, work: &mut Work, output: &mut Output) -> Result<()> {
         let &Reading { input, index, skip, before, size, total } = reading;
-        let limit = self.config.max_rows.map_or(u64::MAX, |rows| rows.saturating_sub(output.report.rows_read));
+        let limit =
+            self.config.max_rows.map_or(u64::MAX, |rows| rows.saturating_sub(output.report.rows_read));
         let (encoder, seed) = (self.encoder(), self.config.seed);
         let mut rows_done = skip;
         // One chunk waits while the next one is read and the one before is encoded.
@@ -199,12 +194,11 @@ impl Run<'_> {
         output: &mut Output,
     ) -> Result<()> {
         let Output { writer, report, seen } = output;
-        let is_new =
-            |row: &EncodedRow| seen.insert(sum(bytemuck::cast_slice(&row.ids), &row.loss_mask));
-        let row = match row {
-            Ok(row) if self.config.deduplicate && !{ is_new }(&row) => Err(duplicate()),
-            row => row,
-        };
+        let row = row.and_then(|row| {
+            let sum = || sum(bytemuck::cast_slice(&row.ids), &row.loss_mask);
+            let again = self.config.deduplicate && !seen.insert(sum());
+            if again { Err(duplicate()) } else { Ok(row) }
+        });
         match row {
             Ok(row) => {
                 for _ in 0..copies {
@@ -240,12 +234,7 @@ impl Run<'_> {
 }
 
 /// The row, and how many times it is used. One that is not used is not looked at any further.
-fn encode(
-    record: &Record,
-    input: &Input,
-    encoder: &Encoder<'_>,
-    seed: u64,
-) -> (u64, Option<EncodedRows>) {
+fn encode(record: &Record, input: &Input, encoder: &Encoder<'_>, seed: u64) -> (u64, Option<EncodedRows>) {
     let bytes = match &record.row {
         Ok(bytes) => bytes,
         Err(error) => return (1, Some(vec![Err(error.clone())])),

@@ -47,7 +47,12 @@ pub(super) struct Progress {
 impl Work {
     /// Takes the folder for this process. While another one works in it, waits for that and shows its progress; `None`
     /// if it finished the set.
-    pub(super) fn take(cache: &Path, key: &str, set: &Path, progress: &dyn Fn(u64, u64)) -> Result<Option<Self>> {
+    pub(super) fn take(
+        cache: &Path,
+        key: &str,
+        set: &Path,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<Option<Self>> {
         let folder = cache.join(format!(".{key}.work"));
         while !set.exists() {
             fs_err::create_dir_all(&folder)?;

@@ -1,8 +1,10 @@
 //! Rows of a Parquet file, as the JSON text that a JSONL file would have. Columns and keys without a value are left out.
 
+use std::cell::Cell;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use fs_err::File;
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -88,10 +90,28 @@ impl fmt::Debug for ParquetRecords {
     }
 }
 
+thread_local! {
+    /// Whether this thread is inside [`guarded`].
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
 /// The reader panics over some damaged files and over column types that it does not know; to a user both are errors of
-/// the file.
+/// the file, and the message of a panic beside that of the error would only confuse. So the process's panic hook is put
+/// behind one that says nothing about threads that read here.
 fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(read)) {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            if !GUARDED.get() {
+                before(panic);
+            }
+        }));
+    });
+    GUARDED.set(true);
+    let result = catch_unwind(AssertUnwindSafe(read));
+    GUARDED.set(false);
+    match result {
         Ok(result) => result.map_err(|error| error.to_string()),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().cloned();

@@ -100,11 +100,7 @@ impl SetWriter {
 }
 
 /// Ids and mask, as bytes, of all rows that are committed in `folder`, in order.
-pub(crate) fn committed_rows(
-    folder: &Path,
-    at: Committed,
-    mut each: impl FnMut(&[u8], &[u8]),
-) -> Result<()> {
+pub(crate) fn committed_rows(folder: &Path, at: Committed, mut each: impl FnMut(&[u8], &[u8])) -> Result<()> {
     let mut rows = BufReader::with_capacity(1 << 20, File::open(folder.join(ROWS_FILE))?);
     let mut index = BufReader::new(File::open(folder.join(INDEX_FILE))?);
     rows.seek(SeekFrom::Start(HEADER as u64))?;

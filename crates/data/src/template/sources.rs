@@ -35,7 +35,11 @@ pub(super) fn sources(folder: &Path, file: Option<&Path>) -> Result<Sources> {
             }
             Some(serde_json::Value::Array(list)) => {
                 let (default, tools) = (named_source(list, "default"), named_source(list, "tool_use"));
-                return Ok(Sources { usual: default.or_else(|| tools.clone()), tools, file: file.to_owned() });
+                return Ok(Sources {
+                    usual: default.or_else(|| tools.clone()),
+                    tools,
+                    file: file.to_owned(),
+                });
             }
             _ => {}
         }

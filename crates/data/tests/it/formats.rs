@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parquet::basic::Compression;
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -137,9 +138,15 @@ fn cut_off_and_damaged_files_say_where() {
     check(&gzip(&whole), &["a compressed Parquet file; unpack it"]);
 }
 
-/// A damaged Parquet file ends in a set or an error, wherever the damage is.
+/// A damaged Parquet file ends in a set or an error, wherever the damage is; the user is told the error alone.
 #[test]
 fn no_damage_to_a_parquet_file_is_a_panic() {
+    static PANICS: AtomicUsize = AtomicUsize::new(0);
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        PANICS.fetch_add(1, Ordering::Relaxed);
+        before(panic);
+    }));
     let whole = parquet(&three_rows(), Compression::SNAPPY);
     let fixture = Fixture::new();
     for at in (4..whole.len()).step_by(5) {
@@ -150,6 +157,7 @@ fn no_damage_to_a_parquet_file_is_a_panic() {
             assert!(named || matches!(error, Error::NothingKept { .. }), "{error}");
         }
     }
+    assert_eq!(PANICS.load(Ordering::Relaxed), 0);
 }
 
 #[test]
