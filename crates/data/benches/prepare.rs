@@ -12,6 +12,10 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use specforge_data::{PrepareConfig, prepare};
 
+/// As in the program.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const TURNS: usize = 4;
 
 fn main() {

@@ -165,8 +165,8 @@ fn other_kinds_of_files_are_named() {
     check(b"PK\x03\x04....", &["a zip archive; unpack it"]);
     check(b"BZh9....", &["bzip2; unpack it"]);
     check(b"\xfd7zXZ\0", &["xz; unpack it"]);
-    check(b"ARROW1\0\0", &["an Arrow file; write it as Parquet or JSONL"]);
-    check(b"\xff\xff\xff\xff\x10\0", &["an Arrow stream"]);
+    check(b"ARROW1\0\0", &["not a whole Arrow file"]);
+    check(b"\xff\xff\xff\xff\x10\0", &["not a whole Arrow file"]);
     check(b"\xff\xfe{\0", &["UTF-16 text; save it as UTF-8"]);
     check(b"version https://git-lfs.github.com/spec/v1\n", &["a Git LFS pointer"]);
 }

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod agree;
+mod arrow;
 mod bad_input;
 mod datasets;
 mod fixture;
