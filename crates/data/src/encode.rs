@@ -145,7 +145,7 @@ impl Encoder<'_> {
 
     /// Cuts the tail off and looks at what is left.
     fn finish(&self, mut row: EncodedRow) -> Result<EncodedRow, RowError> {
-        row.truncated = row.ids.len() > self.options.max_length;
+        row.truncated |= row.ids.len() > self.options.max_length;
         row.ids.truncate(self.options.max_length);
         row.loss_mask.truncate(self.options.max_length);
         self.check(&row)?;
@@ -171,9 +171,12 @@ impl Encoder<'_> {
     ) -> Result<EncodedRow, RowError> {
         let failed =
             |error: crate::Error| RowError { reason: DropReason::Tokenizer, message: error.to_string() };
-        let encoded = self.tokenizer.encode(text).map_err(failed)?;
+        let mut encoded = self.tokenizer.encode(text).map_err(failed)?;
+        let truncated = encoded.ids.len() > self.options.max_length;
+        encoded.ids.truncate(self.options.max_length);
+        encoded.offsets.truncate(self.options.max_length);
         let mask = self.template()?.loss_mask(text, &encoded, spans, self.tokenizer, last);
-        Ok(EncodedRow::new(encoded.ids, mask.map_err(failed)?, source))
+        Ok(EncodedRow { truncated, ..EncodedRow::new(encoded.ids, mask.map_err(failed)?, source) })
     }
 
     fn check(&self, row: &EncodedRow) -> Result<(), RowError> {

@@ -121,14 +121,14 @@ impl NamedTemplate {
     /// Finds the assistant turns in a rendered text. A turn without an end runs to the end of the text.
     pub fn find(&self, text: &str) -> Spans {
         let mut spans = Spans::default();
+        let mut ends = Ends::of(self, text);
         let mut from = 0;
         while let Some(header) = text[from..].find(&self.assistant_header) {
             let mut start = from + header + self.assistant_header.len();
             let skipped = self.after_header.iter().find(|prefix| text[start..].starts_with(prefix.as_str()));
             start += skipped.map_or(0, String::len);
-            let end = self.end_of_turn_from(text, start);
-            spans.turns.push(start..end);
-            from = end;
+            from = ends.after(start);
+            spans.turns.push(start..from);
         }
         for ignored in &self.ignore {
             spans
@@ -141,17 +141,7 @@ impl NamedTemplate {
     /// Where the turn whose text starts at `start` ends: after the first end-of-turn text, before the first stop
     /// text, or at the end of the text.
     pub(crate) fn end_of_turn_from(&self, text: &str, start: usize) -> usize {
-        let first = |texts: &[String], after: bool| {
-            texts
-                .iter()
-                .filter_map(|end| {
-                    text[start..].find(end.as_str()).map(|at| (at, if after { end.len() } else { 0 }))
-                })
-                .min()
-        };
-        let ends = [first(&self.end_of_turn, true), first(&self.stop, false)];
-        let nearest = ends.into_iter().flatten().min();
-        nearest.map_or(text.len(), |(at, length)| start + at + length)
+        Ends::of(self, text).after(start)
     }
 
     /// Writes a conversation without a Jinja template: begin token, system prompt, then header and content of
@@ -183,5 +173,31 @@ impl NamedTemplate {
             && !self.assistant_header.is_empty()
             && all.into_iter().flatten().all(|text| !text.is_empty());
         (!complete).then_some("needs an assistant-header and at least one end-of-turn or stop, none empty")
+    }
+}
+
+/// The ends of turns in a text. Where each end occurs next is kept, so that a text of many turns is read once.
+struct Ends<'t> {
+    text: &'t str,
+    /// The end, how much of it belongs to the turn, and where it was found last.
+    ends: Vec<(&'t str, usize, usize)>,
+}
+
+impl<'t> Ends<'t> {
+    fn of(template: &'t NamedTemplate, text: &'t str) -> Self {
+        let next = |end: &str, from: usize| text[from..].find(end).map_or(text.len(), |at| from + at);
+        let supervised = template.end_of_turn.iter().map(|end| (end.as_str(), end.len(), next(end, 0)));
+        let stops = template.stop.iter().map(|end| (end.as_str(), 0, next(end, 0)));
+        Self { text, ends: supervised.chain(stops).collect() }
+    }
+
+    /// The end of the turn that starts at `start`.
+    fn after(&mut self, start: usize) -> usize {
+        let text = self.text;
+        for (end, _, at) in self.ends.iter_mut().filter(|(_, _, at)| *at < start) {
+            *at = text[start..].find(*end).map_or(text.len(), |found| start + found);
+        }
+        let nearest = self.ends.iter().map(|(_, length, at)| (*at, *length)).min();
+        nearest.map_or(text.len(), |(at, length)| (at + length).min(text.len()))
     }
 }

@@ -78,7 +78,7 @@ impl Search {
         start + nearest.filter(|&(at, _)| at <= last).map_or(last, |(_, end)| end)
     }
 
-    /// One byte per token, 1 where supervised.
+    /// One byte per token, 1 where supervised; `encoded` may be cut off.
     pub(crate) fn loss_mask(
         &self,
         text: &str,
@@ -99,7 +99,11 @@ impl Search {
             for range in ranges {
                 let count =
                     |end: usize| Ok::<_, crate::Error>(tokenizer.count(&text[..end])?.min(mask.len()));
-                let (start, end) = (count(range.start)?, count(range.end)?);
+                let start = count(range.start)?;
+                if start == mask.len() {
+                    break;
+                }
+                let end = count(range.end)?;
                 if start < end {
                     mask[start..end].fill(bit);
                 }
