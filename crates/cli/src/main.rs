@@ -14,6 +14,10 @@ use clap::{Parser, Subcommand};
 
 use crate::show::note;
 
+/// Tokenizing allocates a little for every token: with this allocator it takes three quarters of the time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Train draft models for speculative decoding, and hand them to SGLang as they are.
 ///
 /// A recipe (a TOML file) says what to train on what: `specforge train recipes/quickstart.toml`. Results go to

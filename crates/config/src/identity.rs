@@ -67,27 +67,33 @@ fn data_identity(data: &DataPlan) -> Value {
     let DataPlan {
         conversations: _,
         format,
+        columns,
         template,
+        mask_compat,
         max_length,
         min_supervised,
         last_turn_only,
+        row_per_turn,
         deduplicate,
         on_error,
         max_rows,
         eval_fraction,
         cache_dir: _,
     } = data;
-    // The table of further templates is a path; what it holds is part of the prepared set's hash.
+    // These are paths; what they hold is part of the prepared set's hash.
     let mut template = json!(template);
     if let Some(template) = template.as_object_mut() {
-        template.remove("table");
+        template.retain(|key, _| !matches!(key.as_str(), "table" | "file"));
     }
     json!({
         "format": format,
+        "columns": columns,
         "template": template,
+        "mask-compat": mask_compat,
         "max-length": max_length,
         "min-supervised": min_supervised,
         "last-turn-only": last_turn_only,
+        "row-per-turn": row_per_turn,
         "deduplicate": deduplicate,
         "on-error": on_error,
         "max-rows": max_rows,

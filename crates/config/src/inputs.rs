@@ -21,6 +21,9 @@ impl Recipe {
         if let Some(path) = &plan.data.template.table {
             need("data.template.table", path, false);
         }
+        if let Some(path) = &plan.data.template.file {
+            need("data.template.file", path, false);
+        }
         if let Some(path) = &plan.train.warm_start {
             need("train.warm-start", path, true);
         }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use specforge_data::{OnError, PrepareConfig, RowFormat, Source, TemplateOptions};
+use specforge_data::{Columns, MaskCompat, OnError, PrepareConfig, RowFormat, Source, TemplateOptions};
 use specforge_methods::MethodConfig;
 use specforge_nn::optimizer::AdamWConfig;
 use specforge_nn::schedule::ScheduleConfig;
@@ -64,14 +64,23 @@ pub struct DataPlan {
     pub conversations: Vec<Source>,
     /// What the rows are; `None`: the first row of each file decides.
     pub format: Option<RowFormat>,
+    /// Where question and answer stand.
+    #[serde(default)]
+    pub columns: Option<Columns>,
     /// The chat template.
     pub template: TemplateOptions,
+    /// Whose loss masks to make.
+    #[serde(default)]
+    pub mask_compat: MaskCompat,
     /// Tokens of a row after this many are cut off.
     pub max_length: usize,
     /// Rows with fewer supervised tokens are left out.
     pub min_supervised: usize,
     /// Supervise the last assistant turn alone.
     pub last_turn_only: bool,
+    /// Make a row of each assistant turn.
+    #[serde(default)]
+    pub row_per_turn: bool,
     /// Leave out rows that are equal to an earlier one.
     #[serde(default)]
     pub deduplicate: bool,
@@ -176,10 +185,13 @@ impl RunPlan {
         let DataPlan {
             conversations,
             format,
+            columns,
             template,
+            mask_compat,
             max_length,
             min_supervised,
             last_turn_only,
+            row_per_turn,
             deduplicate,
             on_error,
             max_rows,
@@ -193,9 +205,12 @@ impl RunPlan {
             target: self.target.path.clone(),
             template,
             format,
+            columns,
+            mask_compat,
             max_length,
             min_supervised,
             last_turn_only,
+            row_per_turn,
             max_rows,
             on_error,
             cache: cache_dir,

@@ -38,17 +38,21 @@ const TRAINING: &str = include_str!("run/training.rs");
 const EVALUATION: &str = include_str!("run/evaluation.rs");
 // The tables of other crates are documented where they are read.
 const TEMPLATE: &str = include_str!("../../data/src/template.rs");
+const NAMED: &str = include_str!("../../data/src/named.rs");
+const COLUMNS: &str = include_str!("../../data/src/columns.rs");
 const PREPARE: &str = include_str!("../../data/src/prepare.rs");
 const STORE: &str = include_str!("../../store/src/schema.rs");
 const EAGLE3: &str = include_str!("../../methods/src/eagle3/config.rs");
 const OPTIMIZER: &str = include_str!("../../nn/src/optimizer/config.rs");
 const SCHEDULE: &str = include_str!("../../nn/src/schedule.rs");
 
-const TABLES: [Table; 12] = [
+const TABLES: [Table; 14] = [
     Table { name: "", source: RUN, structure: "RunConfig" },
     Table { name: "target", source: RUN, structure: "TargetConfig" },
     Table { name: "data", source: RUN, structure: "DataConfig" },
+    Table { name: "data.columns", source: COLUMNS, structure: "Columns" },
     Table { name: "data.template", source: TEMPLATE, structure: "TemplateOptions" },
+    Table { name: "data.template.inline", source: NAMED, structure: "NamedTemplate" },
     Table { name: "capture", source: RUN, structure: "CaptureConfig" },
     Table { name: "store", source: RUN, structure: "StoreConfig" },
     Table { name: "method.eagle3", source: EAGLE3, structure: "Config" },
@@ -136,9 +140,10 @@ fn kind(rust: &str) -> &'static str {
         "PathBuf" => "path",
         "String" => "text",
         "Vec<Source>" => "list of paths or of `{ path, weight }`",
+        "Vec<String>" => "list of texts",
         "Vec<usize>" => "list of whole numbers",
         "[f64; 2]" => "two numbers",
-        "Map<String, serde_json::Value>" => "table",
+        "Map<String, serde_json::Value>" | "SpecforgeStrings" => "table",
         // A test holds every kind against this list.
         _ => "?",
     }

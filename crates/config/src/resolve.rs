@@ -5,7 +5,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use specforge_data::{RowFormat, Source};
+use specforge_data::{MaskCompat, NamedTemplate, RowFormat, Source, TemplateOptions};
 use specforge_methods::MethodConfig;
 use specforge_nn::optimizer;
 use specforge_store::Encoding;
@@ -117,10 +117,13 @@ fn data_plan(data: DataConfig, output_dir: &Path, check: &mut Check<'_>) -> Data
     let DataConfig {
         conversations,
         format,
+        columns,
         mut template,
+        mask_compat,
         max_length,
         min_supervised,
         last_turn_only,
+        row_per_turn,
         deduplicate,
         on_error,
         max_rows,
@@ -140,13 +143,22 @@ fn data_plan(data: DataConfig, output_dir: &Path, check: &mut Check<'_>) -> Data
         check.range("data.eval-fraction", "from 0 to below 1", eval_fraction);
     }
     template.table = template.table.map(|path| check.path(path));
+    template.file = template.file.map(|path| check.path(path));
+    check_template(&template, mask_compat, check);
+    if columns.is_some() && !matches!(format, DataFormat::Auto | DataFormat::Instructions) {
+        let message = "`data.columns` are for `data.format` = \"instructions\", but it is another".to_owned();
+        check.fail("data.columns", message, Some("remove one of the two"));
+    }
     DataPlan {
         conversations: conversations.into_iter().map(|source| check.source(source)).collect(),
         format: row_format(format),
+        columns,
         template,
+        mask_compat,
         max_length,
         min_supervised,
         last_turn_only,
+        row_per_turn,
         deduplicate,
         on_error,
         max_rows,
@@ -155,10 +167,25 @@ fn data_plan(data: DataConfig, output_dir: &Path, check: &mut Check<'_>) -> Data
     }
 }
 
+fn check_template(template: &TemplateOptions, mask_compat: MaskCompat, check: &mut Check<'_>) {
+    if template.name.is_some() && template.inline.is_some() {
+        let message = "`data.template.name` and `data.template.inline` are both set: one alone can say how turns are found";
+        check.fail("data.template.name", message.to_owned(), Some("remove one of the two"));
+    }
+    if let Some(problem) = template.inline.as_ref().and_then(NamedTemplate::incomplete) {
+        check.fail("data.template.inline", format!("`data.template.inline` {problem}"), None);
+    }
+    if mask_compat == MaskCompat::Specforge && template.name.is_none() && template.inline.is_none() {
+        let message = "`data.mask-compat` is \"specforge\", which knows named templates alone".to_owned();
+        check.fail("data.mask-compat", message, Some("set data.template.name"));
+    }
+}
+
 fn row_format(format: DataFormat) -> Option<RowFormat> {
     match format {
         DataFormat::Auto => None,
         DataFormat::Conversations => Some(RowFormat::Conversations),
+        DataFormat::Instructions => Some(RowFormat::Instructions),
         DataFormat::Text => Some(RowFormat::Text),
         DataFormat::Tokens => Some(RowFormat::Tokens),
     }

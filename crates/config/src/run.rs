@@ -7,7 +7,7 @@ mod training;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use specforge_data::{OnError, Source, TemplateOptions};
+use specforge_data::{Columns, MaskCompat, OnError, Source, TemplateOptions};
 use specforge_methods::MethodConfig;
 use specforge_store::Encoding;
 
@@ -130,21 +130,29 @@ pub enum TargetDType {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct DataConfig {
-    /// JSONL or JSON files (plain, gzip or zstd) and Parquet files, at least one; the content says which, not the name.
-    /// Also folders of such files (without the splits for testing where there is one for training), patterns with `*`,
-    /// `?` and `**`, and `{ path = "...", weight = 0.5 }`: a weight below 1 uses that share of the rows, drawn by `seed`
-    /// and content; one above 1 repeats rows.
+    /// JSONL or JSON files (plain, gzip or zstd), Parquet and Arrow files, at least one; the content says which, not the
+    /// name. Also folders of such files, as the datasets library saves them (without the splits for testing where there is
+    /// one for training), patterns with `*`, `?` and `**`, and `{ path = "...", weight = 0.5 }`: a weight below 1 uses
+    /// that share of the rows, drawn by `seed` and content; one above 1 repeats rows.
     pub conversations: Vec<Source>,
     /// What the rows are.
     pub format: DataFormat,
+    /// Where question and answer stand, for rows that have them in columns of their own. Columns of well-known datasets
+    /// need not be named.
+    pub columns: Option<Columns>,
     /// The chat template; without a name it is the target's own.
     pub template: TemplateOptions,
+    /// Whose loss masks to make; see docs/loss-mask.md.
+    pub mask_compat: MaskCompat,
     /// Tokens of a row after this many are cut off; at least 2.
     pub max_length: usize,
     /// Rows with fewer supervised tokens are left out; at least 1.
     pub min_supervised: usize,
     /// Supervise the last assistant turn alone.
     pub last_turn_only: bool,
+    /// Make a row of each assistant turn, supervised alone, with what comes before it as the template renders it then. For
+    /// models whose template rewrites earlier turns, as those that drop earlier reasoning.
+    pub row_per_turn: bool,
     /// Leave out rows whose tokens and loss mask are those of an earlier row.
     pub deduplicate: bool,
     /// What to do about a row that cannot be used.
@@ -162,10 +170,13 @@ impl Default for DataConfig {
         Self {
             conversations: Vec::new(),
             format: DataFormat::Auto,
+            columns: None,
             template: TemplateOptions::default(),
+            mask_compat: MaskCompat::Off,
             max_length: 2048,
             min_supervised: 1,
             last_turn_only: false,
+            row_per_turn: false,
             deduplicate: false,
             on_error: OnError::Stop,
             max_rows: None,
@@ -181,8 +192,12 @@ impl Default for DataConfig {
 pub enum DataFormat {
     /// The first row of each file decides.
     Auto,
-    /// `conversations` or `messages`.
+    /// `conversations` or `messages`: messages of `role` and `content` or of `from` and `value`; or a list of texts, a
+    /// question and an answer in turn.
     Conversations,
+    /// A question and its answer in columns of their own: those of `data.columns`, or `instruction` and `output`,
+    /// `question` and `answer`, `problem` and `solution`, `prompt` and `completion`, and the like.
+    Instructions,
     /// `text`: chats that are rendered already.
     Text,
     /// `input_ids` and `loss_mask`.

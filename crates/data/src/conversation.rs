@@ -39,14 +39,21 @@ pub(crate) struct RowError {
     pub(crate) message: String,
 }
 
-/// Columns of a row that are no template variables.
-const OWN_COLUMNS: [&str; 8] =
-    ["conversations", "messages", "id", "tools", "text", "input_ids", "loss_mask", "chat_template_kwargs"];
+/// Columns that hold the messages, in the order in which they are looked for.
+const MESSAGES: [&str; 4] = ["conversations", "messages", "conversation", "data"];
+/// Further columns of a row that are no template variables.
+const OWN_COLUMNS: [&str; 6] = ["id", "tools", "text", "input_ids", "loss_mask", "chat_template_kwargs"];
 
 impl Conversation {
+    /// Whether a row holds messages; a column called `data` may hold anything.
+    pub(crate) fn is_in(row: &Map<String, Value>) -> bool {
+        MESSAGES[..3].iter().any(|key| row.contains_key(*key))
+            || row.get("data").and_then(Value::as_array).is_some_and(|list| list.iter().all(Value::is_string))
+    }
+
     /// Reads a row with `conversations` or `messages`.
     pub(crate) fn from_row(row: &Map<String, Value>) -> Result<Self, RowError> {
-        let messages = row.get("conversations").or_else(|| row.get("messages"));
+        let messages = MESSAGES.iter().find_map(|key| row.get(*key));
         let Some(Value::Array(messages)) = messages else {
             return Err(malformed(match messages {
                 None => "no `conversations` or `messages`".to_owned(),
@@ -57,7 +64,7 @@ impl Conversation {
             .iter()
             .enumerate()
             .map(|(index, message)| {
-                Message::from_value(message)
+                Message::from_value(message, index)
                     .map_err(|problem| malformed(format!("message {}: {problem}", index + 1)))
             })
             .collect();
@@ -96,7 +103,11 @@ impl Message {
         Self { role: role.to_owned(), content: content.to_owned(), ..Self::default() }
     }
 
-    fn from_value(value: &Value) -> Result<Self, String> {
+    /// The message at `index` of a conversation. Plain texts are turns of user and assistant.
+    fn from_value(value: &Value, index: usize) -> Result<Self, String> {
+        if let Value::String(text) = value {
+            return Ok(Self::new(["user", "assistant"][index % 2], text));
+        }
         let Value::Object(message) = value else {
             return Err(format!("{}, expected an object", kind(value)));
         };
@@ -136,6 +147,11 @@ impl Message {
         self.role.starts_with("assistant")
     }
 
+    /// Whether `text` has the reasoning of this message in it, if there is any.
+    pub(crate) fn reasoning_is_in(&self, text: &str) -> bool {
+        self.reasoning_content.as_deref().is_none_or(|thought| text.contains(thought.trim()))
+    }
+
     /// Whether it is a turn of the model without text, thought or call.
     pub(crate) fn is_silent(&self) -> bool {
         let thought = self.reasoning_content.as_deref().unwrap_or_default();
@@ -156,7 +172,7 @@ fn follows(role: &str, previous: &str) -> bool {
 fn normal_role(role: &str) -> Option<&str> {
     match role {
         "human" | "user" => Some("user"),
-        "gpt" | "chatgpt" | "bot" | "model" | "assistant" => Some("assistant"),
+        "gpt" | "chatgpt" | "bing" | "bard" | "bot" | "model" | "assistant" => Some("assistant"),
         "system" | "developer" | "tool" => Some(role),
         "observation" | "function" | "ipython" => Some("tool"),
         "assistant_analysis" | "assistant_commentary" | "assistant_final" | "assistant_reasoning_effort" => {
@@ -242,7 +258,8 @@ fn tools(value: Option<&Value>) -> Result<Option<Value>, RowError> {
 }
 
 fn variables(row: &Map<String, Value>) -> Result<Map<String, Value>, RowError> {
-    let columns = row.iter().filter(|(key, _)| !OWN_COLUMNS.contains(&key.as_str()));
+    let own = |key: &str| OWN_COLUMNS.contains(&key) || MESSAGES.contains(&key);
+    let columns = row.iter().filter(|(key, _)| !own(key));
     let mut variables: Map<String, Value> =
         columns.map(|(key, value)| (key.clone(), value.clone())).collect();
     match row.get("chat_template_kwargs") {

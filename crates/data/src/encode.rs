@@ -3,8 +3,9 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::conversation::{Message, RowError, kind, malformed};
-use crate::mask::{loss_mask, supervised};
+use crate::columns::{Columns, names};
+use crate::conversation::{Conversation, Message, RowError, kind, malformed};
+use crate::mask::supervised;
 use crate::named::Spans;
 use crate::report::{DropReason, SpanSource};
 use crate::template::ChatTemplate;
@@ -16,6 +17,8 @@ use crate::tokenizer::Tokenizer;
 pub enum RowFormat {
     /// `conversations` or `messages`.
     Conversations,
+    /// A question and its answer in columns of their own.
+    Instructions,
     /// `text`: a chat that is already rendered.
     Text,
     /// `input_ids` and `loss_mask`.
@@ -31,6 +34,8 @@ pub(crate) struct EncodeOptions {
     pub(crate) min_supervised: usize,
     /// Supervise the last assistant turn alone.
     pub(crate) last_turn_only: bool,
+    /// Make a row of each assistant turn.
+    pub(crate) row_per_turn: bool,
 }
 
 /// A row ready for training.
@@ -45,6 +50,17 @@ pub(crate) struct EncodedRow {
     pub(crate) cut: bool,
     /// The assistant says nothing in one of its turns.
     pub(crate) silent: bool,
+    /// The template left out reasoning of the assistant that the row supervises or could have supervised.
+    pub(crate) unreasoned: bool,
+}
+
+/// What became of a row: one row for the set, or as many as the assistant has turns.
+pub(crate) type EncodedRows = Vec<Result<EncodedRow, RowError>>;
+
+impl EncodedRow {
+    fn new(ids: Vec<u32>, loss_mask: Vec<u8>, source: SpanSource) -> Self {
+        Self { ids, loss_mask, source, truncated: false, cut: false, silent: false, unreasoned: false }
+    }
 }
 
 /// What is needed to encode rows.
@@ -53,46 +69,87 @@ pub(crate) struct Encoder<'a> {
     pub(crate) tokenizer: &'a Tokenizer,
     /// Absent when all rows are tokens already.
     pub(crate) template: Option<&'a ChatTemplate>,
+    /// Where questions and answers stand; without them by the names of known datasets.
+    pub(crate) columns: Option<&'a Columns>,
     pub(crate) options: EncodeOptions,
 }
 
 impl RowFormat {
     /// The format that the keys of a row show.
     pub(crate) fn of(row: &Map<String, Value>) -> Option<Self> {
-        let has = |key: &str| row.contains_key(key);
         match () {
-            () if has("input_ids") => Some(Self::Tokens),
-            () if has("conversations") || has("messages") => Some(Self::Conversations),
-            () if has("text") => Some(Self::Text),
+            () if row.contains_key("input_ids") => Some(Self::Tokens),
+            () if Conversation::is_in(row) => Some(Self::Conversations),
+            () if Columns::of(row).is_some() => Some(Self::Instructions),
+            () if row.contains_key("text") => Some(Self::Text),
             () => None,
         }
     }
 }
 
 impl Encoder<'_> {
-    /// Encodes one row.
-    pub(crate) fn encode(&self, bytes: &[u8], format: RowFormat) -> Result<EncodedRow, RowError> {
-        let row = parse_object(bytes)?;
-        let mut encoded = match format {
-            RowFormat::Conversations => self.conversation(&row)?,
-            RowFormat::Text => self.text(&row)?,
-            RowFormat::Tokens => given(&row, self.options.last_turn_only)?,
-        };
-        encoded.truncated = encoded.ids.len() > self.options.max_length;
-        encoded.ids.truncate(self.options.max_length);
-        encoded.loss_mask.truncate(self.options.max_length);
-        self.check(&encoded)?;
-        Ok(encoded)
+    /// Encodes one row of an input.
+    pub(crate) fn encode(&self, bytes: &[u8], format: RowFormat) -> EncodedRows {
+        self.try_encode(bytes, format).unwrap_or_else(|error| vec![Err(error)])
     }
 
-    fn conversation(&self, row: &Map<String, Value>) -> Result<EncodedRow, RowError> {
-        let template = self.template()?;
-        let (conversation, cut) = template.conversation_row(row)?;
-        let rendered = template.render_row(&conversation)?;
-        let mut encoded = self.encode_text(&rendered.text, &rendered.spans, rendered.source)?;
+    fn try_encode(&self, bytes: &[u8], format: RowFormat) -> Result<EncodedRows, RowError> {
+        let row = parse_object(bytes)?;
+        let last = self.options.last_turn_only;
+        Ok(match format {
+            RowFormat::Conversations => self.conversation(Conversation::from_row(&row)?)?,
+            RowFormat::Instructions => self.conversation(self.instruction(&row)?)?,
+            RowFormat::Text => vec![self.text(&row).and_then(|row| self.finish(row))],
+            RowFormat::Tokens => vec![given(&row, last).and_then(|row| self.finish(row))],
+        })
+    }
+
+    fn instruction(&self, row: &Map<String, Value>) -> Result<Conversation, RowError> {
+        if let Some(columns) = self.columns {
+            return columns.conversation(row);
+        }
+        let columns = Columns::of(row).ok_or_else(|| {
+            malformed(format!(
+                "no columns of a question and its answer that are known here, but {}; name them with data.columns",
+                names(row)
+            ))
+        })?;
+        columns.conversation(row)
+    }
+
+    fn conversation(&self, mut conversation: Conversation) -> Result<EncodedRows, RowError> {
+        let cut = self.template()?.arrange(&mut conversation)?;
+        let ends = if self.options.row_per_turn { turn_ends(&conversation.messages) } else { Vec::new() };
+        if ends.is_empty() {
+            let last = self.options.last_turn_only;
+            return Ok(vec![self.messages(&conversation, cut, last)]);
+        }
+        let row = |end: &usize| {
+            let messages = conversation.messages[..*end].to_vec();
+            self.messages(&Conversation { messages, ..conversation.clone() }, cut, true)
+        };
+        Ok(ends.iter().map(row).collect())
+    }
+
+    /// A row of a conversation that is in order.
+    fn messages(&self, conversation: &Conversation, cut: bool, last: bool) -> Result<EncodedRow, RowError> {
+        let rendered = self.template()?.render_row(conversation)?;
+        let mut encoded = self.encode_text(&rendered.text, &rendered.spans, rendered.source, last)?;
+        let supervised = if last { conversation.messages.len().saturating_sub(1) } else { 0 };
+        let mut supervised = conversation.messages[supervised..].iter();
         encoded.cut = cut;
-        encoded.silent = conversation.messages.iter().any(Message::is_silent);
-        Ok(encoded)
+        encoded.silent = supervised.clone().any(Message::is_silent);
+        encoded.unreasoned = supervised.any(|message| !message.reasoning_is_in(&rendered.text));
+        self.finish(encoded)
+    }
+
+    /// Cuts the tail off and looks at what is left.
+    fn finish(&self, mut row: EncodedRow) -> Result<EncodedRow, RowError> {
+        row.truncated |= row.ids.len() > self.options.max_length;
+        row.ids.truncate(self.options.max_length);
+        row.loss_mask.truncate(self.options.max_length);
+        self.check(&row)?;
+        Ok(row)
     }
 
     fn text(&self, row: &Map<String, Value>) -> Result<EncodedRow, RowError> {
@@ -102,16 +159,24 @@ impl Encoder<'_> {
             None => return Err(malformed("no `text`")),
         };
         let (spans, source) = self.template()?.find_row(text)?;
-        self.encode_text(text, &spans, source)
+        self.encode_text(text, &spans, source, self.options.last_turn_only)
     }
 
-    fn encode_text(&self, text: &str, spans: &Spans, source: SpanSource) -> Result<EncodedRow, RowError> {
-        let encoded = self
-            .tokenizer
-            .encode(text)
-            .map_err(|error| RowError { reason: DropReason::Tokenizer, message: error.to_string() })?;
-        let loss_mask = loss_mask(text, &encoded.offsets, spans, self.options.last_turn_only);
-        Ok(EncodedRow { ids: encoded.ids, loss_mask, source, truncated: false, cut: false, silent: false })
+    fn encode_text(
+        &self,
+        text: &str,
+        spans: &Spans,
+        source: SpanSource,
+        last: bool,
+    ) -> Result<EncodedRow, RowError> {
+        let failed =
+            |error: crate::Error| RowError { reason: DropReason::Tokenizer, message: error.to_string() };
+        let mut encoded = self.tokenizer.encode(text).map_err(failed)?;
+        let truncated = encoded.ids.len() > self.options.max_length;
+        encoded.ids.truncate(self.options.max_length);
+        encoded.offsets.truncate(self.options.max_length);
+        let mask = self.template()?.loss_mask(text, &encoded, spans, self.tokenizer, last);
+        Ok(EncodedRow { truncated, ..EncodedRow::new(encoded.ids, mask.map_err(failed)?, source) })
     }
 
     fn check(&self, row: &EncodedRow) -> Result<(), RowError> {
@@ -138,6 +203,15 @@ impl Encoder<'_> {
         self.template
             .ok_or_else(|| malformed("needs a chat template, but the file was taken to hold token ids"))
     }
+}
+
+/// The number of messages up to and including each turn of the assistant. Messages of it that follow each other, as the
+/// channels of harmony do, are one turn.
+fn turn_ends(messages: &[Message]) -> Vec<usize> {
+    let ends = (1..=messages.len()).filter(|&end| {
+        messages[end - 1].is_assistant() && messages.get(end).is_none_or(|next| !next.is_assistant())
+    });
+    ends.collect()
 }
 
 /// A row as JSON object.
@@ -172,7 +246,7 @@ fn given(row: &Map<String, Value>, last_turn_only: bool) -> Result<EncodedRow, R
         let before = loss_mask[..end].iter().rposition(|&bit| bit == 0).map_or(0, |last| last + 1);
         loss_mask[..before].fill(0);
     }
-    Ok(EncodedRow { ids, loss_mask, source: SpanSource::Given, truncated: false, cut: false, silent: false })
+    Ok(EncodedRow::new(ids, loss_mask, SpanSource::Given))
 }
 
 /// A list of integers (or truth values) that fit the type.

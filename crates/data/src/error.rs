@@ -58,8 +58,8 @@ pub enum Error {
     },
 
     /// Not one row of a file shows which kind of rows it holds.
-    #[error("{path}: cannot tell the format: {message}; expected rows with `conversations` or `messages`, `text`, or \
-             `input_ids` with `loss_mask`", path = path.display())]
+    #[error("{path}: cannot tell the format: {message}; expected rows with `conversations` or `messages`, a \
+             question and its answer in columns (data.columns names them), `text`, or `input_ids` with `loss_mask`", path = path.display())]
     UnknownFormat {
         /// The input file.
         path: PathBuf,

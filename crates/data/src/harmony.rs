@@ -3,8 +3,15 @@
 use crate::conversation::{Message, RowError, malformed};
 
 /// Writes the messages; `assistant_reasoning_effort` sets the effort of the default system message.
-pub(crate) fn render(messages: &[Message], generation_prompt: bool) -> Result<String, RowError> {
+/// `forgets`: a system message discards what precedes it, as in SpecForge.
+pub(crate) fn render(
+    messages: &[Message],
+    generation_prompt: bool,
+    forgets: bool,
+) -> Result<String, RowError> {
     let mut text = String::new();
+    let last = messages.iter().rposition(sets_system).filter(|_| forgets).unwrap_or(0);
+    let messages = &messages[last..];
     if messages.first().is_none_or(|message| !sets_system(message)) {
         text.push_str(&turn("system", None, &default_system("low")));
     }

@@ -12,7 +12,7 @@ use crate::python_json;
 pub(crate) struct Jinja {
     environment: Environment<'static>,
     /// The file that it comes from.
-    file: &'static str,
+    file: String,
     generation_blocks: bool,
 }
 
@@ -30,12 +30,12 @@ const NAME: &str = "chat_template";
 
 impl Jinja {
     /// Compiles `source`, which stands in `file`; the message of an error names both file and line.
-    pub(crate) fn compile(source: &str, file: &'static str, today: Date) -> Result<Self, String> {
+    pub(crate) fn compile(source: &str, file: &str, today: Date) -> Result<Self, String> {
         let describe = |error: &Error| describe(error, file, "");
         let (source, generation_blocks) = mark_generation_blocks(source);
         let mut environment = environment(today).map_err(|error| describe(&error))?;
         environment.add_template_owned(NAME, source).map_err(|error| describe(&error))?;
-        Ok(Self { environment, file, generation_blocks })
+        Ok(Self { environment, file: file.to_owned(), generation_blocks })
     }
 
     /// Whether the template itself says which text the assistant generates.
@@ -46,11 +46,11 @@ impl Jinja {
     /// Renders with the given variables. The text holds the generation marks if the template has such blocks.
     pub(crate) fn render(&self, variables: Value) -> Result<String, String> {
         let found = self.environment.get_template(NAME);
-        let template = found.map_err(|error| describe(&error, self.file, ""))?;
+        let template = found.map_err(|error| describe(&error, &self.file, ""))?;
         let mut output = Bounded(Vec::new());
         match template.render_captured_to(variables, &mut output) {
             Ok(_) => String::from_utf8(output.0).map_err(|error| error.to_string()),
-            Err(error) => Err(describe(&error, self.file, template.source())),
+            Err(error) => Err(describe(&error, &self.file, template.source())),
         }
     }
 }

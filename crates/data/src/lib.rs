@@ -5,6 +5,7 @@
 //! [`Prepared`] set on disk. [`prepare`] does this for whole files; the other public functions are its steps, the
 //! mask viewer ([`runs`]), the draft's vocabulary ([`VocabMap`]) and the prompts of an evaluation ([`read_prompts`]).
 
+mod columns;
 mod conversation;
 mod date;
 mod encode;
@@ -21,6 +22,7 @@ mod report;
 mod set;
 mod source;
 mod spans;
+mod specforge;
 mod special;
 mod split;
 mod template;
@@ -28,12 +30,13 @@ mod tokenizer;
 mod view;
 mod vocab;
 
+pub use columns::Columns;
 pub use conversation::{Conversation, Message};
 pub use encode::RowFormat;
 pub use error::{Error, Result};
 pub use mask::loss_mask;
-pub use named::{NamedTemplate, Spans, named_templates};
-pub use prepare::{OnError, PrepareConfig, prepare};
+pub use named::{NamedTemplate, Spans, SpecforgeStrings, named_templates};
+pub use prepare::{MaskCompat, OnError, PrepareConfig, prepare};
 pub use prompts::{Prompt, read_prompts};
 pub use report::{DropReason, Dropped, Report, SpanSource, Warning};
 pub use set::{Prepared, RowRef};

@@ -13,9 +13,9 @@ use crate::error::{Error, Result};
 /// The entries that come with the program.
 const BUILT_IN: &str = include_str!("named.toml");
 
-/// Strings of one chat template. Field by field explained at the top of the table.
+/// Strings of one chat template: how the turns of an assistant begin and end in a rendered text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct NamedTemplate {
     /// Text that begins an assistant turn; what follows is supervised.
     pub assistant_header: String,
@@ -46,6 +46,25 @@ pub struct NamedTemplate {
     /// Rendered in the harmony format.
     #[serde(default)]
     pub harmony: bool,
+    /// What SpecForge searches for, where that differs; read with `data.mask-compat`.
+    #[serde(default)]
+    pub specforge: Option<SpecforgeStrings>,
+}
+
+/// What SpecForge searches for in the texts of a template; what is absent is as in the entry itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct SpecforgeStrings {
+    /// Text that begins an assistant turn.
+    pub assistant_header: Option<String>,
+    /// Texts after the header that still belong to the prompt.
+    pub after_header: Vec<String>,
+    /// Texts that end a turn and are supervised with it; an empty list: SpecForge cannot use the template.
+    pub end_of_turn: Option<Vec<String>>,
+    /// Texts that are not supervised.
+    pub ignore: Option<Vec<String>>,
+    /// A turn ends after the next `[Round n] USER:`.
+    pub rounds: bool,
 }
 
 /// Supervised bytes of a text, and the bytes inside them that are not.
@@ -69,15 +88,11 @@ pub fn named_templates(extension: Option<&Path>) -> Result<BTreeMap<String, Name
 fn parse(text: &str, origin: &str) -> Result<BTreeMap<String, NamedTemplate>> {
     let table: BTreeMap<String, NamedTemplate> = toml::from_str(text)
         .map_err(|error| Error::Template { origin: origin.to_owned(), message: error.to_string() })?;
-    let incomplete = table.iter().find(|(_, template)| !template.is_complete());
-    match incomplete {
+    match table.iter().find_map(|(name, template)| Some((name, template.incomplete()?))) {
         None => Ok(table),
-        Some((name, _)) => Err(Error::Template {
-            origin: origin.to_owned(),
-            message: format!(
-                "[{name}] needs an assistant_header and at least one end_of_turn or stop, none empty"
-            ),
-        }),
+        Some((name, message)) => {
+            Err(Error::Template { origin: origin.to_owned(), message: format!("[{name}] {message}") })
+        }
     }
 }
 
@@ -99,20 +114,21 @@ impl NamedTemplate {
             reasoning: true,
             enable_thinking: None,
             harmony: false,
+            specforge: None,
         }
     }
 
     /// Finds the assistant turns in a rendered text. A turn without an end runs to the end of the text.
     pub fn find(&self, text: &str) -> Spans {
         let mut spans = Spans::default();
+        let mut ends = Ends::of(self, text);
         let mut from = 0;
         while let Some(header) = text[from..].find(&self.assistant_header) {
             let mut start = from + header + self.assistant_header.len();
             let skipped = self.after_header.iter().find(|prefix| text[start..].starts_with(prefix.as_str()));
             start += skipped.map_or(0, String::len);
-            let end = self.end_of_turn_from(text, start);
-            spans.turns.push(start..end);
-            from = end;
+            from = ends.after(start);
+            spans.turns.push(start..from);
         }
         for ignored in &self.ignore {
             spans
@@ -125,17 +141,7 @@ impl NamedTemplate {
     /// Where the turn whose text starts at `start` ends: after the first end-of-turn text, before the first stop
     /// text, or at the end of the text.
     pub(crate) fn end_of_turn_from(&self, text: &str, start: usize) -> usize {
-        let first = |texts: &[String], after: bool| {
-            texts
-                .iter()
-                .filter_map(|end| {
-                    text[start..].find(end.as_str()).map(|at| (at, if after { end.len() } else { 0 }))
-                })
-                .min()
-        };
-        let ends = [first(&self.end_of_turn, true), first(&self.stop, false)];
-        let nearest = ends.into_iter().flatten().min();
-        nearest.map_or(text.len(), |(at, length)| start + at + length)
+        Ends::of(self, text).after(start)
     }
 
     /// Writes a conversation without a Jinja template: begin token, system prompt, then header and content of
@@ -159,11 +165,39 @@ impl NamedTemplate {
         text
     }
 
-    fn is_complete(&self) -> bool {
+    /// What an entry lacks.
+    pub fn incomplete(&self) -> Option<&'static str> {
         let all = [&self.after_header, &self.end_of_turn, &self.stop, &self.ignore];
         let ends = self.end_of_turn.len() + self.stop.len();
-        ends > 0
+        let complete = ends > 0
             && !self.assistant_header.is_empty()
-            && all.into_iter().flatten().all(|text| !text.is_empty())
+            && all.into_iter().flatten().all(|text| !text.is_empty());
+        (!complete).then_some("needs an assistant-header and at least one end-of-turn or stop, none empty")
+    }
+}
+
+/// The ends of turns in a text. Where each end occurs next is kept, so that a text of many turns is read once.
+struct Ends<'t> {
+    text: &'t str,
+    /// The end, how much of it belongs to the turn, and where it was found last.
+    ends: Vec<(&'t str, usize, usize)>,
+}
+
+impl<'t> Ends<'t> {
+    fn of(template: &'t NamedTemplate, text: &'t str) -> Self {
+        let next = |end: &str, from: usize| text[from..].find(end).map_or(text.len(), |at| from + at);
+        let supervised = template.end_of_turn.iter().map(|end| (end.as_str(), end.len(), next(end, 0)));
+        let stops = template.stop.iter().map(|end| (end.as_str(), 0, next(end, 0)));
+        Self { text, ends: supervised.chain(stops).collect() }
+    }
+
+    /// The end of the turn that starts at `start`.
+    fn after(&mut self, start: usize) -> usize {
+        let text = self.text;
+        for (end, _, at) in self.ends.iter_mut().filter(|(_, _, at)| *at < start) {
+            *at = text[start..].find(*end).map_or(text.len(), |found| start + found);
+        }
+        let nearest = self.ends.iter().map(|(_, length, at)| (*at, *length)).min();
+        nearest.map_or(text.len(), |(at, length)| (at + length).min(text.len()))
     }
 }

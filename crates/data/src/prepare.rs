@@ -1,11 +1,13 @@
 //! Conversations files to a prepared set: in parallel, in order, in bounded memory, and only once per content.
 
 mod run;
+mod work;
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::columns::{Columns, names};
 use crate::conversation::RowError;
 use crate::encode::{RowFormat, parse_object};
 use crate::error::{Error, Result};
@@ -30,12 +32,18 @@ pub struct PrepareConfig {
     pub template: TemplateOptions,
     /// What the rows are; without it the first row of each file decides for that file.
     pub format: Option<RowFormat>,
+    /// Where question and answer stand, for rows that have them in columns of their own.
+    pub columns: Option<Columns>,
+    /// Whose loss masks to make.
+    pub mask_compat: MaskCompat,
     /// Tokens after this many are cut off.
     pub max_length: usize,
     /// Rows with fewer supervised tokens than this are dropped; at least 1.
     pub min_supervised: usize,
     /// Supervise the last assistant turn alone.
     pub last_turn_only: bool,
+    /// Make a row of each assistant turn.
+    pub row_per_turn: bool,
     /// Read at most this many rows.
     pub max_rows: Option<u64>,
     /// What to do about rows that cannot be used.
@@ -55,6 +63,17 @@ pub enum OnError {
     Skip,
 }
 
+/// Whose loss masks to make.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MaskCompat {
+    /// Our own.
+    #[default]
+    Off,
+    /// SpecForge's, to the token and with its faults; for named templates.
+    Specforge,
+}
+
 impl PrepareConfig {
     /// The usual settings for these files and target.
     pub fn new(inputs: Vec<PathBuf>, target: PathBuf, cache: PathBuf) -> Self {
@@ -65,9 +84,12 @@ impl PrepareConfig {
             target,
             template: TemplateOptions::default(),
             format: None,
+            columns: None,
+            mask_compat: MaskCompat::Off,
             max_length: 2048,
             min_supervised: 1,
             last_turn_only: false,
+            row_per_turn: false,
             max_rows: None,
             on_error: OnError::Stop,
             cache,
@@ -84,9 +106,7 @@ pub fn prepare(config: &PrepareConfig, progress: &dyn Fn(u64, u64)) -> Result<Pr
     let inputs = inputs(config)?;
     // Rows of token ids need no template, so a target without one will do for them.
     let template = inputs.iter().any(|input| input.format != RowFormat::Tokens);
-    let template =
-        template.then(|| ChatTemplate::open(&config.target, tokenizer.special(), &config.template));
-    let template = template.transpose()?;
+    let template = template.then(|| open_template(config, &tokenizer)).transpose()?;
     let settings = settings(config, &inputs);
     let key = key(&inputs, &tokenizer, template.as_ref(), &settings)?;
     let folder = config.cache.join(&key);
@@ -101,6 +121,14 @@ pub fn prepare(config: &PrepareConfig, progress: &dyn Fn(u64, u64)) -> Result<Pr
         run.write(&folder, &key, settings)?;
     }
     Prepared::open(&folder)
+}
+
+fn open_template(config: &PrepareConfig, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+    let template = ChatTemplate::open(&config.target, tokenizer.special(), &config.template)?;
+    match config.mask_compat {
+        MaskCompat::Off => Ok(template),
+        MaskCompat::Specforge => template.with_specforge_masks(),
+    }
 }
 
 fn check(config: &PrepareConfig) -> Result<()> {
@@ -132,7 +160,9 @@ fn inputs(config: &PrepareConfig) -> Result<Vec<Input>> {
     let mut inputs = Vec::new();
     for source in &config.inputs {
         for path in source.files()? {
-            let format = config.format.map_or_else(|| detect(&path, config.on_error), Ok)?;
+            // Columns that are named leave nothing to find out.
+            let given = config.format.or(config.columns.as_ref().map(|_| RowFormat::Instructions));
+            let format = given.map_or_else(|| detect(&path, config.on_error), Ok)?;
             inputs.push(Input { path, weight: source.weight, format });
         }
     }
@@ -149,8 +179,7 @@ fn detect(path: &Path, on_error: OnError) -> Result<RowFormat> {
                 if let Some(format) = RowFormat::of(&row) {
                     return Ok(format);
                 }
-                let keys: Vec<_> = row.keys().take(8).map(|key| format!("`{key}`")).collect();
-                let message = format!("line {} has {}", record.line, keys.join(", "));
+                let message = format!("line {} has {}", record.line, names(&row));
                 Error::UnknownFormat { path: path.to_path_buf(), message }
             }
             Err(error) => row_error(path, record.line, error),
@@ -175,6 +204,9 @@ fn settings(config: &PrepareConfig, inputs: &[Input]) -> serde_json::Value {
         "max_length": config.max_length,
         "min_supervised": config.min_supervised,
         "last_turn_only": config.last_turn_only,
+        "row_per_turn": config.row_per_turn,
+        "columns": config.columns,
+        "mask_compat": config.mask_compat,
         "max_rows": config.max_rows,
         // With the same bytes, `stop` gives the same set as `skip` or none; `skip` must not open the way for it.
         "on_error": config.on_error,

@@ -1,6 +1,9 @@
-//! Rows of an input file one after the other, in bounded memory: JSONL or one JSON array, plain or compressed, or Parquet.
+//! Rows of an input file one after the other, in bounded memory: JSONL or one JSON array, plain or
+//! compressed, Parquet or Arrow.
 
+mod arrow;
 mod decode;
+mod guard;
 mod parquet;
 mod text;
 
@@ -13,7 +16,7 @@ use decode::Content;
 /// One row, not parsed yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Record {
-    /// Line where it starts, from 1; of a Parquet file the number of the row.
+    /// Line where it starts, from 1; of a Parquet or Arrow file the number of the row.
     pub(crate) line: u64,
     /// Its JSON text, empty for an empty line between others; or why it is not even read.
     pub(crate) row: Result<Vec<u8>, RowError>,
@@ -33,6 +36,7 @@ pub(crate) enum Layout {
 pub(crate) enum Records {
     Text(text::TextRecords),
     Parquet(parquet::ParquetRecords),
+    Arrow(arrow::ArrowRecords),
 }
 
 /// Longest row, in bytes: far above the longest context of any model, and little enough for memory.
@@ -44,6 +48,7 @@ impl Records {
         Ok(match decode::open(path)? {
             Content::Text(source) => Self::Text(text::TextRecords::open(path, source, layout)?),
             Content::Parquet(file) => Self::Parquet(parquet::ParquetRecords::open(path, file)?),
+            Content::Arrow { file, stream } => Self::Arrow(arrow::ArrowRecords::open(path, file, stream)?),
         })
     }
 
@@ -52,6 +57,7 @@ impl Records {
         match self {
             Self::Text(records) => records.bytes_read(),
             Self::Parquet(records) => records.bytes_read(),
+            Self::Arrow(records) => records.bytes_read(),
         }
     }
 }
@@ -63,6 +69,7 @@ impl Iterator for Records {
         match self {
             Self::Text(records) => records.next(),
             Self::Parquet(records) => records.next(),
+            Self::Arrow(records) => records.next(),
         }
     }
 }

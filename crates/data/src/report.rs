@@ -22,6 +22,10 @@ pub struct Report {
     pub conversations_cut: u64,
     /// Rows kept in which the assistant answers with nothing.
     pub empty_answers: u64,
+    /// Rows kept in which the template left out reasoning of the assistant that could have been supervised.
+    pub reasoning_left_out: u64,
+    /// Rows more than were read, because each assistant turn has a row of its own.
+    pub turns_apart: u64,
     /// Rows read but not used, because the weight of their source left them out.
     pub not_drawn: u64,
     /// Copies among the kept rows, because of a weight above 1.
@@ -117,6 +121,11 @@ pub enum Warning {
         /// Rows with such a turn.
         rows: u64,
     },
+    /// The template writes answers without the reasoning that the rows have.
+    ReasoningLeftOut {
+        /// Such rows.
+        rows: u64,
+    },
     /// No end-of-turn token is supervised: the draft will not learn when an answer ends.
     EndOfTurnNotSupervised,
 }
@@ -164,6 +173,9 @@ impl Report {
         }
         if self.empty_answers > 0 {
             warnings.push(Warning::EmptyAnswers { rows: self.empty_answers });
+        }
+        if self.reasoning_left_out > 0 {
+            warnings.push(Warning::ReasoningLeftOut { rows: self.reasoning_left_out });
         }
         self.warnings = warnings;
     }
@@ -228,6 +240,11 @@ impl fmt::Display for Warning {
                     "rows with an assistant turn that says nothing: {rows}; the draft learns to end there at once"
                 )
             }
+            Self::ReasoningLeftOut { rows } => write!(
+                f,
+                "rows of which the template left reasoning out: {rows}; templates of reasoning models drop it from \
+                 earlier turns, and data.row-per-turn = true makes a row of each turn, as it was generated"
+            ),
             Self::EndOfTurnNotSupervised => f.write_str(
                 "no end-of-turn token is supervised: the draft will not learn when an answer ends",
             ),

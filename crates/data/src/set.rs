@@ -21,11 +21,12 @@
 //! `manifest.json`: format version, the sizes and blake3 sums of both files, the hashes of tokenizer and template,
 //! all settings, and the report of the preparation.
 //!
-//! A set is written to a temporary folder beside its place, flushed to the disk and renamed, so a folder with the
-//! final name is complete. It is checked in full when it is opened.
+//! A set is written in a working folder beside its place, flushed to the disk and renamed, so a folder with the final
+//! name is complete. It is checked in full when it is opened.
 #![expect(unsafe_code, reason = "memory-mapping a file; token ids are read in place")]
 
-use std::io::{BufWriter, Write};
+mod writer;
+
 use std::path::{Path, PathBuf};
 
 use bytemuck::{Pod, Zeroable};
@@ -33,10 +34,10 @@ use fs_err::File;
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
-use crate::encode::EncodedRow;
 use crate::error::{Error, Result};
-use crate::mask::supervised;
 use crate::report::Report;
+
+pub(crate) use writer::{Committed, SetWriter, committed_rows, write_synced};
 
 #[cfg(target_endian = "big")]
 compile_error!("prepared sets are read in place and little-endian");
@@ -243,86 +244,4 @@ fn map(folder: &Path, name: &str, magic: [u8; 8], manifest: &Manifest) -> Result
         return Err(damaged(format!("blake3 sum {got}, expected {}", sum.blake3)));
     }
     Ok(map)
-}
-
-/// Writes the rows of a set in order into a folder of its own.
-#[derive(Debug)]
-pub(crate) struct SetWriter {
-    folder: PathBuf,
-    rows: BufWriter<File>,
-    index: BufWriter<File>,
-    offset: u64,
-    count: u64,
-}
-
-impl SetWriter {
-    /// Creates `folder`, replacing what an interrupted run left there.
-    pub(crate) fn create(folder: PathBuf) -> Result<Self> {
-        if folder.exists() {
-            fs_err::remove_dir_all(&folder)?;
-        }
-        fs_err::create_dir_all(&folder)?;
-        let file = |name: &str, magic: [u8; 8]| -> Result<BufWriter<File>> {
-            let mut file = BufWriter::new(File::create(folder.join(name))?);
-            // The number of rows is filled in at the end.
-            file.write_all(&[magic.as_slice(), &[0; 8]].concat())?;
-            Ok(file)
-        };
-        let (rows, index) = (file(ROWS_FILE, ROWS_MAGIC)?, file(INDEX_FILE, INDEX_MAGIC)?);
-        Ok(Self { folder, rows, index, offset: HEADER as u64, count: 0 })
-    }
-
-    pub(crate) fn push(&mut self, row: &EncodedRow) -> Result<()> {
-        let (length, bytes) = (row.ids.len(), padded(row.ids.len()));
-        let supervised = supervised(&row.loss_mask);
-        self.rows.write_all(bytemuck::cast_slice(&row.ids))?;
-        self.rows.write_all(&row.loss_mask)?;
-        self.rows.write_all(&[0; 4][..bytes - 5 * length])?;
-        let entry = Entry { offset: self.offset, length: length as u32, supervised: supervised as u32 };
-        self.index.write_all(bytemuck::bytes_of(&entry))?;
-        self.offset += bytes as u64;
-        self.count += 1;
-        Ok(())
-    }
-
-    /// Completes both files, writes the manifest, and gives the folder its final name.
-    pub(crate) fn finish(self, to: &Path, manifest: impl FnOnce(Vec<FileSum>) -> Manifest) -> Result<()> {
-        let files = vec![
-            close(self.rows, &self.folder.join(ROWS_FILE), self.count)?,
-            close(self.index, &self.folder.join(INDEX_FILE), self.count)?,
-        ];
-        let text = serde_json::to_vec_pretty(&manifest(files)).map_err(std::io::Error::other)?;
-        let mut file = File::create(self.folder.join(MANIFEST_FILE))?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        sync_folder(&self.folder)?;
-        match fs_err::rename(&self.folder, to) {
-            // Another process was faster; its set is the same.
-            Err(_) if to.join(MANIFEST_FILE).exists() => Ok(fs_err::remove_dir_all(&self.folder)?),
-            renamed => {
-                renamed?;
-                to.parent().map_or(Ok(()), sync_folder)
-            }
-        }
-    }
-}
-
-fn close(writer: BufWriter<File>, path: &Path, rows: u64) -> Result<FileSum> {
-    use std::io::{Seek, SeekFrom};
-    let mut file = writer.into_inner().map_err(std::io::IntoInnerError::into_error)?;
-    file.seek(SeekFrom::Start(8))?;
-    file.write_all(&rows.to_le_bytes())?;
-    file.sync_all()?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(File::open(path)?)?;
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    Ok(FileSum { name, bytes: path.metadata()?.len(), blake3: hasher.finalize().to_hex().to_string() })
-}
-
-/// A rename is on the disk only when the folder that holds the name is.
-fn sync_folder(folder: &Path) -> Result<()> {
-    if cfg!(unix) {
-        File::open(folder)?.sync_all()?;
-    }
-    Ok(())
 }

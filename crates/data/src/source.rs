@@ -19,11 +19,12 @@ pub struct Source {
 }
 
 /// Endings of the files of a folder that hold rows; what they are is still up to their content.
-const ENDINGS: [&str; 9] = [
+const ENDINGS: [&str; 10] = [
     ".jsonl",
     ".json",
     ".ndjson",
     ".parquet",
+    ".arrow",
     ".jsonl.gz",
     ".json.gz",
     ".jsonl.zst",
@@ -51,9 +52,8 @@ impl Source {
         if path.is_dir() {
             let mut files = Vec::new();
             walk(path, &mut files)?;
-            let arrow = "has no .jsonl, .json or .parquet file; Arrow files, as `save_to_disk` writes them, are not read: \
-                         write them with `to_parquet`";
-            return if files.is_empty() { Err(none(arrow)) } else { Ok(for_training(path, files)) };
+            let missing = "has no .jsonl, .json, .parquet or .arrow file";
+            return if files.is_empty() { Err(none(missing)) } else { Ok(for_training(path, files)) };
         }
         let text = path.to_string_lossy();
         if path.exists() || !text.contains(['*', '?', '[']) {
@@ -90,7 +90,8 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     entries.sort();
     for path in entries {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.starts_with('.') {
+        // The datasets library keeps what `map` and `filter` made beside the rows.
+        if name.starts_with('.') || (name.starts_with("cache-") && name.ends_with(".arrow")) {
             continue;
         }
         if path.is_dir() {

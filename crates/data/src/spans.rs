@@ -34,14 +34,22 @@ impl Markers {
 /// Renders two short conversations and reads off how the template begins and ends an answer. `None` if it refuses
 /// them or writes them in a way that shows no such thing.
 pub(crate) fn learn(render: &dyn Fn(&Conversation, bool) -> Option<String>) -> Option<Markers> {
-    const TURNS: [(&str, &str); 4] =
-        [("user", "QxQone"), ("assistant", "AxAone"), ("user", "QxQtwo"), ("assistant", "AxAtwo")];
-    let (asked, answered) = (TURNS[0].1, TURNS[1].1);
-    let messages: Vec<Message> = TURNS.iter().map(|(role, text)| Message::new(role, text)).collect();
-    let first = |count: usize, prompt: bool| {
-        let messages = messages[..count].to_vec();
+    const TURNS: [(&str, &str, &str); 4] = [
+        ("user", "QxQone", ""),
+        ("assistant", "AxAone", "RxRone"),
+        ("user", "QxQtwo", ""),
+        ("assistant", "AxAtwo", "RxRtwo"),
+    ];
+    let (asked, answered, reasoned) = (TURNS[0].1, TURNS[1].1, TURNS[1].2);
+    let probe = |count: usize, prompt: bool, reasons: bool| {
+        let message = |(role, text, thought): (&str, &str, &str)| Message {
+            reasoning_content: (reasons && !thought.is_empty()).then(|| thought.to_owned()),
+            ..Message::new(role, text)
+        };
+        let messages = TURNS[..count].iter().copied().map(message).collect();
         render(&Conversation { messages, ..Conversation::default() }, prompt)
     };
+    let first = |count: usize, prompt: bool| probe(count, prompt, false);
     let (question, prompt, one, two) =
         (first(1, false)?, first(1, true)?, first(2, false)?, first(4, false)?);
     // Only what follows the question is compared: what precedes it may depend on the whole conversation.
@@ -49,12 +57,21 @@ pub(crate) fn learn(render: &dyn Fn(&Conversation, bool) -> Option<String>) -> O
     let (_, after_prompt) = prompt.split_once(asked)?;
     let (before_answer, after_one) = one.split_once(asked)?.1.split_once(answered)?;
     let (before_past_answer, after_two) = two.split_once(asked)?.1.split_once(answered)?;
+    // Where reasoning stands, what precedes it; a template may refuse it or leave it out.
+    let reasoning = [2, 4].map(|count| {
+        let text = probe(count, false, true)?;
+        Some(text.split_once(asked)?.1.split_once(reasoned)?.0.to_owned())
+    });
     let end_of_turn = common_tags(after_one, after_two);
     let question_end = common_tags(after_question, before_answer);
-    // What the last answer, a past one and the prompt all begin with is the header; the rest is the beginning of a
-    // thought, or an empty one.
-    let header = common_prefix(before_answer, before_past_answer).strip_prefix(question_end)?;
+    // What the last answer, a past one, one with reasoning and the prompt all begin with is the header; the rest is the
+    // beginning of a thought, or an empty one.
+    let answers = common_prefix(before_answer, before_past_answer);
+    let answers = reasoning.iter().flatten().fold(answers, |all, other| common_prefix(all, other));
+    let header = answers.strip_prefix(question_end)?;
     let prompts = prompt != question;
+    // Nothing says that a prompt would open the thought, so the answer does.
+    let header = if prompts { header } else { header.trim_end().strip_suffix("<think>").unwrap_or(header) };
     let generation_prompt = if prompts { after_prompt.strip_prefix(question_end)? } else { header };
     let header = common_prefix(header, generation_prompt);
     let template = NamedTemplate::from_markers(header, &generation_prompt[header.len()..], end_of_turn);
@@ -79,13 +96,16 @@ pub(crate) fn from_renderings(
         found => Err(RowError {
             reason: DropReason::SpansNotFound,
             message: format!(
-                "the template rewrites earlier turns, and its assistant header is found {} times in the text of {expected} \
+                "the template rewrites earlier turns, or there are too many; and its assistant header is found {} times in the text of {expected} \
                  assistant turns; name a template in the recipe",
                 found.map_or(0, |turns| turns.len())
             ),
         }),
     }
 }
+
+/// Rendering turn by turn writes every beginning of a conversation: not where that would be more than this many bytes.
+const MOST_RENDERED: usize = 256 << 20;
 
 fn incremental(
     text: &str,
@@ -94,6 +114,11 @@ fn incremental(
     markers: Option<&Markers>,
 ) -> Option<Vec<Range<usize>>> {
     let mut turns: Vec<Range<usize>> = Vec::new();
+    // A message costs time even where a template writes nothing for it.
+    let size = text.len() + 16 * messages.len();
+    if messages.len().saturating_mul(size) > MOST_RENDERED {
+        return None;
+    }
     let assistant = messages.iter().enumerate().filter(|(_, message)| message.is_assistant());
     for (index, _) in assistant {
         let start = turn_start(text, index, render, markers)?;

@@ -1,5 +1,7 @@
 //! The chat template of a run: a conversation to text, with the supervised part of that text.
 
+mod sources;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -14,11 +16,13 @@ use crate::date::Date;
 use crate::error::{Error, Result};
 use crate::harmony;
 use crate::jinja::{GENERATION_END, GENERATION_START, Jinja};
+use crate::mask;
 use crate::named::{NamedTemplate, Spans, named_templates};
 use crate::report::{DropReason, SpanSource};
 use crate::spans::{self, Markers, Render};
+use crate::specforge::Search;
 use crate::special::SpecialTokens;
-use crate::tokenizer::read_json;
+use crate::tokenizer::{Encoded, Tokenizer};
 
 /// How conversations become text, and how the assistant's part is found.
 #[derive(Debug)]
@@ -28,6 +32,8 @@ pub struct ChatTemplate {
     jinja_tools: Option<Jinja>,
     /// The template that the recipe names.
     named: Option<NamedTemplate>,
+    /// What SpecForge would search for, if its masks are asked for.
+    specforge: Option<Search>,
     /// What rendering a probe taught about the target's own template.
     markers: Option<Markers>,
     special: SpecialTokens,
@@ -41,8 +47,13 @@ pub struct ChatTemplate {
 pub struct TemplateOptions {
     /// Name in the table of templates; without one the target folder's own template says everything.
     pub name: Option<String>,
-    /// TOML file with further named templates.
+    /// TOML file with further named templates, of the form of `[data.template.inline]`, each in a table of its name.
     pub table: Option<PathBuf>,
+    /// A template of your own, instead of a name.
+    pub inline: Option<NamedTemplate>,
+    /// Jinja file that renders instead of the target's own template; one with `{% generation %}` blocks says itself what
+    /// is supervised.
+    pub file: Option<PathBuf>,
     /// Template variables for every row (`enable_thinking`, ...); a row's own win.
     pub variables: Map<String, serde_json::Value>,
     /// Date that templates print, YYYY-MM-DD; fixed, so that the tokens do not depend on the day.
@@ -60,21 +71,12 @@ pub struct Rendered {
     pub source: SpanSource,
 }
 
-/// Sources of a target's templates: the usual one, and one for tools.
-#[derive(Debug, Default)]
-struct Sources {
-    usual: Option<String>,
-    tools: Option<String>,
-    /// The file that they stand in.
-    file: &'static str,
-}
-
 impl ChatTemplate {
     /// Opens the template for a target folder. With a name in the options, the named strings find the turns and
     /// the target's own template, if it has one, renders; without a name the target must have one.
     pub fn open(folder: &Path, special: &SpecialTokens, options: &TemplateOptions) -> Result<Self> {
         let named = named(options)?;
-        let sources = sources(folder)?;
+        let sources = sources::sources(folder, options.file.as_deref())?;
         if named.is_none() && sources.usual.is_none() {
             return Err(Error::Target {
                 path: folder.join("tokenizer_config.json"),
@@ -87,7 +89,7 @@ impl ChatTemplate {
         let today = date(options)?;
         let compile = |source: &Option<String>| -> Result<Option<Jinja>> {
             let compiled =
-                source.as_deref().map(|source| Jinja::compile(source, sources.file, today)).transpose();
+                source.as_deref().map(|source| Jinja::compile(source, &sources.file, today)).transpose();
             compiled.map_err(|message| Error::Template { origin: folder.display().to_string(), message })
         };
         let mut template = Self {
@@ -96,6 +98,7 @@ impl ChatTemplate {
             hash: identity(&sources, named.as_ref(), today, options),
             special: special.clone(),
             variables: options.variables.clone(),
+            specforge: None,
             markers: None,
             named,
         };
@@ -105,9 +108,51 @@ impl ChatTemplate {
         Ok(template)
     }
 
+    /// The same template with the loss masks of SpecForge, which knows named templates alone.
+    pub fn with_specforge_masks(mut self) -> Result<Self> {
+        let fail = |message: &str| {
+            let expected = "\"off\", or a template that SpecForge can use";
+            Err(Error::Setting { name: "mask-compat", expected, got: message.to_owned() })
+        };
+        let Some(named) = &self.named else {
+            return fail(
+                "\"specforge\" without data.template.name: SpecForge finds turns by named strings alone",
+            );
+        };
+        let Some(search) = Search::of(named) else {
+            return fail(
+                "\"specforge\" with a template without a supervised end of turn, on which SpecForge fails",
+            );
+        };
+        self.specforge = Some(search);
+        Ok(self)
+    }
+
+    /// One byte per token of a rendered text, 1 where it is supervised.
+    pub fn loss_mask(
+        &self,
+        text: &str,
+        encoded: &Encoded,
+        spans: &Spans,
+        tokenizer: &Tokenizer,
+        last_turn_only: bool,
+    ) -> Result<Vec<u8>> {
+        let Some(search) = &self.specforge else {
+            return Ok(mask::loss_mask(text, &encoded.offsets, spans, last_turn_only));
+        };
+        let first = if last_turn_only { spans.turns.len().saturating_sub(1) } else { 0 };
+        let spans = Spans { turns: spans.turns[first..].to_vec(), ignored: spans.ignored.clone() };
+        search.loss_mask(text, encoded, &spans, tokenizer)
+    }
+
     /// Reads a row with `conversations` or `messages` into the order of turns that this template renders.
     pub fn conversation(&self, row: &Map<String, serde_json::Value>) -> Result<Conversation> {
-        self.conversation_row(row).map(|(conversation, _)| conversation).map_err(|error| self.public(&error))
+        let read = || -> Result<_, RowError> {
+            let mut conversation = Conversation::from_row(row)?;
+            self.arrange(&mut conversation)?;
+            Ok(conversation)
+        };
+        read().map_err(|error| self.public(&error))
     }
 
     /// Renders a conversation and finds what is supervised in it.
@@ -132,18 +177,11 @@ impl ChatTemplate {
 
     /// The assistant header looked for, where that is how turns are found.
     pub fn header(&self) -> Option<&str> {
+        if let Some(search) = &self.specforge {
+            return Some(search.header());
+        }
         let named = self.named.as_ref().map(|named| named.assistant_header.as_str());
         named.or_else(|| self.markers.as_ref().map(|markers| markers.template.assistant_header.as_str()))
-    }
-
-    /// A row as conversation, arranged; says whether messages were left out.
-    pub(crate) fn conversation_row(
-        &self,
-        row: &Map<String, serde_json::Value>,
-    ) -> Result<(Conversation, bool), RowError> {
-        let mut conversation = Conversation::from_row(row)?;
-        let cut = self.arrange(&mut conversation)?;
-        Ok((conversation, cut))
     }
 
     /// Applies the rules about the order of roles; says whether messages were left out.
@@ -160,7 +198,7 @@ impl ChatTemplate {
         let text = render(conversation.messages.len(), false)?;
         if let Some(named) = &self.named {
             let (text, _) = self.unmark(conversation, text)?;
-            let spans = named.find(&text);
+            let spans = self.find_named(named, &text);
             return Ok(Rendered { text, spans, source: SpanSource::NamedHeader });
         }
         if self.marks(conversation) {
@@ -185,7 +223,7 @@ impl ChatTemplate {
 
     pub(crate) fn find_row(&self, text: &str) -> Result<(Spans, SpanSource), RowError> {
         if let Some(named) = &self.named {
-            return Ok((named.find(text), SpanSource::NamedHeader));
+            return Ok((self.find_named(named, text), SpanSource::NamedHeader));
         }
         match self.markers.as_ref().filter(|markers| markers.can_search()) {
             Some(markers) => Ok((markers.template.find(text), SpanSource::LearnedHeader)),
@@ -196,6 +234,10 @@ impl ChatTemplate {
                     .to_owned(),
             }),
         }
+    }
+
+    fn find_named(&self, named: &NamedTemplate, text: &str) -> Spans {
+        self.specforge.as_ref().map_or_else(|| named.find(text), |search| search.find(text))
     }
 
     fn is_harmony(&self) -> bool {
@@ -236,7 +278,10 @@ impl ChatTemplate {
     /// A function that renders the first so many messages, with or without generation prompt.
     fn renderer<'a>(&'a self, conversation: &'a Conversation) -> Box<Render<'a>> {
         if self.is_harmony() {
-            return Box::new(|count, prompt| harmony::render(&conversation.messages[..count], prompt));
+            let forgets = self.specforge.is_some();
+            return Box::new(move |count, prompt| {
+                harmony::render(&conversation.messages[..count], prompt, forgets)
+            });
         }
         match (self.jinja_for(conversation), &self.named) {
             (Some(jinja), _) => self.jinja_renderer(jinja, conversation),
@@ -298,6 +343,16 @@ impl ChatTemplate {
 }
 
 fn named(options: &TemplateOptions) -> Result<Option<NamedTemplate>> {
+    if let Some(inline) = &options.inline {
+        let failed = |message: &str| Error::Template {
+            origin: "[data.template.inline]".to_owned(),
+            message: message.to_owned(),
+        };
+        if options.name.is_some() {
+            return Err(failed("there is data.template.name too; one alone can say how turns are found"));
+        }
+        return inline.incomplete().map_or_else(|| Ok(Some(inline.clone())), |problem| Err(failed(problem)));
+    }
     let Some(name) = &options.name else { return Ok(None) };
     let mut table = named_templates(options.table.as_deref())?;
     let known = table.keys().cloned().collect::<Vec<_>>().join(", ");
@@ -313,36 +368,8 @@ fn date(options: &TemplateOptions) -> Result<Date> {
     })
 }
 
-/// The template sources of a target folder, in the order in which transformers looks for them.
-fn sources(folder: &Path) -> Result<Sources> {
-    const ALONE: &str = "chat_template.jinja";
-    let path = folder.join(ALONE);
-    if path.is_file() {
-        return Ok(Sources { usual: Some(fs_err::read_to_string(path)?), tools: None, file: ALONE });
-    }
-    for file in ["chat_template.json", "tokenizer_config.json"] {
-        let Some(config) = read_json(&folder.join(file))? else { continue };
-        match config.get("chat_template") {
-            Some(serde_json::Value::String(source)) => {
-                return Ok(Sources { usual: Some(source.clone()), tools: None, file });
-            }
-            Some(serde_json::Value::Array(list)) => {
-                let (default, tools) = (named_source(list, "default"), named_source(list, "tool_use"));
-                return Ok(Sources { usual: default.or_else(|| tools.clone()), tools, file });
-            }
-            _ => {}
-        }
-    }
-    Ok(Sources::default())
-}
-
-fn named_source(list: &[serde_json::Value], name: &str) -> Option<String> {
-    let entry = list.iter().find(|entry| entry.get("name").is_some_and(|found| found == name))?;
-    Some(entry.get("template")?.as_str()?.to_owned())
-}
-
 fn identity(
-    sources: &Sources,
+    sources: &sources::Sources,
     named: Option<&NamedTemplate>,
     today: Date,
     options: &TemplateOptions,

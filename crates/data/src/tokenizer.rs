@@ -46,7 +46,7 @@ impl Tokenizer {
     /// `special_tokens_map.json`, `generation_config.json` and `config.json` where those exist.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
-        let bytes = fs_err::read(&path)?;
+        let bytes = read_tokenizer(&path)?;
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| Error::Target {
             path: path.clone(),
             message: format!("not a tokenizer this version can read: {error}"),
@@ -73,8 +73,21 @@ impl Tokenizer {
     /// Encodes a rendered chat: no special token is added, since the template wrote them into the text.
     pub fn encode(&self, text: &str) -> Result<Encoded> {
         let encoding = self.inner.encode(text, false).map_err(|error| self.failed(error.as_ref()))?;
-        let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        let offsets: Vec<_> = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        // Without them nobody knows which tokens a span of text became.
+        if 2 * covered(&offsets) < text.len() {
+            let message = "it does not say which bytes of the text its tokens stand for (their offsets cover less than half \
+                           of it), and without that there is no loss mask; its normalizer seems to replace the text"
+                .to_owned();
+            return Err(Error::Tokenizer { path: self.path.clone(), message });
+        }
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets })
+    }
+
+    /// Number of tokens of a rendered chat.
+    pub(crate) fn count(&self, text: &str) -> Result<usize> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|error| self.failed(error.as_ref()))?;
+        Ok(encoding.get_ids().len())
     }
 
     /// Encodes plain text as the target expects a prompt without a chat template: with its begin-of-sequence
@@ -174,6 +187,31 @@ impl TextStream<'_> {
             // Broken bytes at the seam merged into one replacement character.
             None => self.tokenizer.decode(&self.pending),
         }
+    }
+}
+
+/// Bytes that tokens in order stand for.
+fn covered(offsets: &[Range<usize>]) -> usize {
+    let (mut covered, mut end) = (0, 0);
+    for token in offsets {
+        covered += token.end.saturating_sub(token.start.max(end));
+        end = end.max(token.end);
+    }
+    covered
+}
+
+fn read_tokenizer(path: &Path) -> Result<Vec<u8>> {
+    let others = ["tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model"];
+    let found = |folder: &Path| others.into_iter().find(|name| folder.join(name).is_file());
+    match (fs_err::read(path), path.parent().and_then(found)) {
+        (Err(error), Some(other)) if error.kind() == std::io::ErrorKind::NotFound => Err(Error::Target {
+            path: path.to_path_buf(),
+            message: format!(
+                "not there, only {other}; write it with transformers: \
+                 AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)"
+            ),
+        }),
+        (bytes, _) => Ok(bytes?),
     }
 }
 

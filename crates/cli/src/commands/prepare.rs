@@ -11,8 +11,8 @@ use crate::show::print;
 
 /// Tokenise the conversations of a recipe and mark what is supervised.
 ///
-/// The result is cached by content: the same files and settings are not read twice. `train` and `capture` prepare by
-/// themselves; this command is for looking. --show-mask prints a row with its supervised text in colour (or in
+/// The result is cached by content: the same files and settings are not read twice. Stopped or killed, the same command
+/// goes on where it was. `train` and `capture` prepare by themselves; this command is for looking. --show-mask prints a row with its supervised text in colour (or in
 /// brackets where there is no colour): look at one before a long run.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -38,6 +38,7 @@ fn names_paths_cadence_and_measurement_may_change() {
             "export.path=e",
             "export.embeddings=true",
             "data.template.table=t",
+            "data.template.file=f",
         ],
         &[],
     );
@@ -54,6 +55,7 @@ fn each_changed_key_is_named_with_both_values() {
     check(&["train.schedule.kind=linear"], &["train.schedule.kind: now \"linear\", before \"cosine\""]);
     check(&["method.eagle3.ttt-steps=3"], &["method.eagle3.ttt-steps: now 3, before 7"]);
     check(&["data.max-length=99"], &["data.max-length: now 99, before 2048"]);
+    check(&["data.row-per-turn=true"], &["data.row-per-turn: now true, before false"]);
     check(&["data.template.name=llama3"], &["data.template.name: now \"llama3\", before null"]);
     check(&["capture.dtype=f32"], &["capture.dtype: now \"f32\", before \"bf16\""]);
     check(&["train.accumulation=2"], &["train.accumulation: now 2, before 1"]);

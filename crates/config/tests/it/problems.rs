@@ -166,6 +166,38 @@ fn values_out_of_range_name_the_range() {
 }
 
 #[test]
+fn keys_of_the_data_that_contradict_each_other() {
+    let inline = "[data.template.inline]\nassistant-header = \"A:\"\nend-of-turn = [\"B\"]";
+    let cases = [
+        (
+            "[data.template]\nname = \"qwen\"\n[data.template.inline]\nassistant-header = \"A:\"\nstop = [\"B\"]",
+            "`data.template.name` and `data.template.inline` are both set: one alone can say how turns are found",
+        ),
+        (
+            "[data.template.inline]\nassistant-header = \"A:\"",
+            "`data.template.inline` needs an assistant-header and at least one end-of-turn or stop, none empty",
+        ),
+        ("[data.columns]\nquestion = \"q\"", "`data.columns`: missing field `answer`"),
+        (
+            "[data.columns]\nquestion = \"q\"\nanswer = \"a\"\nanser = \"b\"",
+            "unknown key `anser` in [data.columns]",
+        ),
+    ];
+    for (lines, message) in cases {
+        let found = problems(&format!("{LEAST}{lines}\n"), &[]);
+        let messages: Vec<&str> = found.iter().map(|problem| &*problem.message).collect();
+        assert_eq!(messages, [message]);
+        assert!(found[0].place.is_some(), "{lines}: no place");
+    }
+    parse(&format!("{LEAST}{inline}\n"), &["data.mask-compat=specforge"]).unwrap();
+    let found = problems(LEAST, &["data.mask-compat=specforge"]);
+    assert_eq!(found[0].message, "`data.mask-compat` is \"specforge\", which knows named templates alone");
+    let columns = format!("{LEAST}[data.columns]\nquestion = \"q\"\nanswer = \"a\"\n");
+    let found = problems(&columns, &["data.format=text"]);
+    assert!(found[0].message.starts_with("`data.columns` are for `data.format`"), "{}", found[0].message);
+}
+
+#[test]
 fn all_problems_come_at_once_in_the_order_of_the_file() {
     let text = r#"nam = "x"
 mode = "onlin"

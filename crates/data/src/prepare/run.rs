@@ -8,9 +8,10 @@ use std::thread;
 
 use rayon::prelude::*;
 
+use super::work::Work;
 use super::{Input, OnError, PrepareConfig, row_error};
 use crate::conversation::RowError;
-use crate::encode::{EncodeOptions, EncodedRow, Encoder};
+use crate::encode::{EncodeOptions, EncodedRow, EncodedRows, Encoder};
 use crate::error::{Error, Result};
 use crate::read::{Record, Records};
 use crate::report::{DropReason, Dropped, Report};
@@ -46,27 +47,42 @@ struct Chunk {
     done: u64,
 }
 
+/// A file of the inputs, at work.
+struct Reading<'a> {
+    input: &'a Input,
+    index: usize,
+    /// Rows done already.
+    skip: u64,
+    /// Bytes of the files before, of this one, and of all.
+    before: u64,
+    size: u64,
+    total: u64,
+}
+
 impl Run<'_> {
     pub(super) fn write(&self, folder: &Path, key: &str, settings: serde_json::Value) -> Result<()> {
-        let temporary = self.config.cache.join(format!(".{key}.{}.tmp", std::process::id()));
-        let written = self.write_to(&temporary, folder, key, settings);
-        if written.is_err() && temporary.exists() {
-            // The first error is the one to report.
-            let _ = fs_err::remove_dir_all(&temporary);
-        }
+        let Some(mut work) = Work::take(&self.config.cache, key, folder, self.progress)? else {
+            return Ok(());
+        };
+        let written = self.write_to(&mut work, folder, key, settings);
+        // The first error is the one to report, and the set is there.
+        let _ = work.remove();
         written
     }
 
-    fn write_to(
-        &self,
-        temporary: &Path,
-        folder: &Path,
-        key: &str,
-        settings: serde_json::Value,
-    ) -> Result<()> {
-        let writer = SetWriter::create(temporary.to_path_buf())?;
+    fn write_to(&self, work: &mut Work, folder: &Path, key: &str, settings: serde_json::Value) -> Result<()> {
+        let (writer, done) = work.open()?;
         let mut output = Output { writer, report: Report::default(), seen: BTreeSet::new() };
-        self.encode_all(&mut output)?;
+        if let Some(done) = &done {
+            output.report = done.report.clone();
+            if self.config.deduplicate {
+                work.rows(done, |ids, mask| {
+                    output.seen.insert(sum(ids, mask));
+                })?;
+            }
+        }
+        let position = done.map_or((0, 0), |done| (done.input, done.rows));
+        self.encode_all(work, position, &mut output)?;
         let Output { writer, report, .. } = output;
         writer.finish(folder, |files| Manifest {
             format_version: FORMAT_VERSION,
@@ -82,7 +98,8 @@ impl Run<'_> {
         })
     }
 
-    fn encode_all(&self, output: &mut Output) -> Result<()> {
+    /// Encodes all inputs from a position on: the number of the file, and how many of its rows are done.
+    fn encode_all(&self, work: &mut Work, position: (usize, u64), output: &mut Output) -> Result<()> {
         let sizes: Vec<u64> = self
             .inputs
             .iter()
@@ -90,8 +107,11 @@ impl Run<'_> {
             .collect::<Result<_>>()?;
         let total = sizes.iter().sum();
         let mut before = 0;
-        for (input, size) in self.inputs.iter().zip(sizes) {
-            self.encode_file(input, output, &|done| (self.progress)(before + done.min(size), total))?;
+        for (index, (input, size)) in self.inputs.iter().zip(sizes).enumerate() {
+            let skip = if index == position.0 { position.1 } else { 0 };
+            if index >= position.0 {
+                self.encode_file(&Reading { input, index, skip, before, size, total }, work, output)?;
+            }
             before += size;
         }
         let report = &mut output.report;
@@ -103,26 +123,31 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn encode_file(&self, input: &Input, output: &mut Output, progress: &dyn Fn(u64)) -> Result<()> {
-        let rows_before = output.report.rows_read;
-        let limit = self.config.max_rows.map_or(u64::MAX, |rows| rows.saturating_sub(rows_before));
+    fn encode_file(&self, reading: &Reading<'_>, work: &mut Work, output: &mut Output) -> Result<()> {
+        let &Reading { input, index, skip, before, size, total } = reading;
+        let limit =
+            self.config.max_rows.map_or(u64::MAX, |rows| rows.saturating_sub(output.report.rows_read));
         let (encoder, seed) = (self.encoder(), self.config.seed);
+        let mut rows_done = skip;
         // One chunk waits while the next one is read and the one before is encoded.
         let (sender, chunks) = sync_channel(1);
         thread::scope(|scope| {
-            scope.spawn(move || read_ahead(&input.path, limit, &sender));
+            scope.spawn(move || read_ahead(&input.path, skip, limit, &sender));
             for chunk in chunks {
                 let Chunk { records, done } = chunk?;
                 let rows: Vec<_> =
                     records.par_iter().map(|record| encode(record, input, &encoder, seed)).collect();
-                for (record, (copies, row)) in records.iter().zip(rows) {
-                    self.take(&input.path, record.line, copies, row, output)?;
+                for (record, (copies, rows)) in records.iter().zip(rows) {
+                    self.take(&input.path, record.line, copies, rows, output)?;
                 }
-                progress(done);
+                rows_done += records.len() as u64;
+                let done = before + done.min(size);
+                (self.progress)(done, total);
+                work.commit(&mut output.writer, &output.report, (index, rows_done), (done, total))?;
             }
             Ok::<_, Error>(())
         })?;
-        if output.report.rows_read == rows_before && limit > 0 {
+        if rows_done == 0 && limit > 0 {
             return Err(Error::EmptyInput { path: input.path.clone() });
         }
         Ok(())
@@ -133,28 +158,47 @@ impl Run<'_> {
             max_length: self.config.max_length,
             min_supervised: self.config.min_supervised,
             last_turn_only: self.config.last_turn_only,
+            row_per_turn: self.config.row_per_turn,
         };
-        Encoder { tokenizer: self.tokenizer, template: self.template, options }
+        let columns = self.config.columns.as_ref();
+        Encoder { tokenizer: self.tokenizer, template: self.template, columns, options }
     }
 
+    /// Writes and counts what became of a row of an input; `None` if it was not drawn.
     fn take(
         &self,
         path: &Path,
         line: u64,
         copies: u64,
-        row: Option<Result<EncodedRow, RowError>>,
+        rows: Option<EncodedRows>,
+        output: &mut Output,
+    ) -> Result<()> {
+        output.report.rows_read += 1;
+        let Some(rows) = rows else {
+            output.report.not_drawn += 1;
+            return Ok(());
+        };
+        output.report.turns_apart += rows.len() as u64 - 1;
+        for row in rows {
+            self.take_row(path, line, copies, row, output)?;
+        }
+        Ok(())
+    }
+
+    fn take_row(
+        &self,
+        path: &Path,
+        line: u64,
+        copies: u64,
+        row: Result<EncodedRow, RowError>,
         output: &mut Output,
     ) -> Result<()> {
         let Output { writer, report, seen } = output;
-        report.rows_read += 1;
-        let row = match row {
-            None => {
-                report.not_drawn += 1;
-                return Ok(());
-            }
-            Some(Ok(row)) if self.config.deduplicate && !seen.insert(sum(&row)) => Err(duplicate()),
-            Some(row) => row,
-        };
+        let row = row.and_then(|row| {
+            let sum = || sum(bytemuck::cast_slice(&row.ids), &row.loss_mask);
+            let again = self.config.deduplicate && !seen.insert(sum());
+            if again { Err(duplicate()) } else { Ok(row) }
+        });
         match row {
             Ok(row) => {
                 for _ in 0..copies {
@@ -180,6 +224,7 @@ impl Run<'_> {
         report.truncated += u64::from(row.truncated);
         report.conversations_cut += u64::from(row.cut);
         report.empty_answers += u64::from(row.silent);
+        report.reasoning_left_out += u64::from(row.unreasoned);
         report.tokens += row.ids.len() as u64;
         report.supervised_tokens += supervised().count() as u64;
         report.supervised_end_tokens +=
@@ -189,24 +234,22 @@ impl Run<'_> {
 }
 
 /// The row, and how many times it is used. One that is not used is not looked at any further.
-fn encode(
-    record: &Record,
-    input: &Input,
-    encoder: &Encoder<'_>,
-    seed: u64,
-) -> (u64, Option<Result<EncodedRow, RowError>>) {
+fn encode(record: &Record, input: &Input, encoder: &Encoder<'_>, seed: u64) -> (u64, Option<EncodedRows>) {
     let bytes = match &record.row {
         Ok(bytes) => bytes,
-        Err(error) => return (1, Some(Err(error.clone()))),
+        Err(error) => return (1, Some(vec![Err(error.clone())])),
     };
     let copies = Source::copies(input.weight, seed, bytes);
     (copies, (copies > 0).then(|| encoder.encode(bytes, input.format)))
 }
 
-/// Reads at most `limit` rows. A receiver that is gone has met an error of its own.
-fn read_ahead(path: &Path, limit: u64, chunks: &SyncSender<Result<Chunk>>) {
+/// Reads at most `limit` rows after the first `skip`. A receiver that is gone has met an error of its own.
+fn read_ahead(path: &Path, skip: u64, limit: u64, chunks: &SyncSender<Result<Chunk>>) {
     let read = || -> Result<()> {
         let mut records = Records::open(path, None)?;
+        for _ in 0..skip {
+            records.next().transpose()?;
+        }
         let mut left = limit;
         loop {
             let chunk = read_chunk(&mut records, left)?;
@@ -235,9 +278,9 @@ fn read_chunk(records: &mut Records, limit: u64) -> Result<Vec<Record>> {
 }
 
 /// What makes two rows the same to the training: ids and mask.
-fn sum(row: &EncodedRow) -> [u8; 16] {
+fn sum(ids: &[u8], mask: &[u8]) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(bytemuck::cast_slice(&row.ids)).update(&row.loss_mask);
+    hasher.update(ids).update(mask);
     let mut sum = [0; 16];
     sum.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
     sum

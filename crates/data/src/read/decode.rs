@@ -15,6 +15,11 @@ use crate::error::{Error, Result};
 pub(super) enum Content {
     Text(Source),
     Parquet(File),
+    /// With or without the frame of a file.
+    Arrow {
+        file: File,
+        stream: bool,
+    },
 }
 
 /// A text, plain or unpacked on the way.
@@ -28,19 +33,13 @@ pub(super) struct Source {
 const GZIP: &[u8] = b"\x1f\x8b";
 const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
 pub(super) const PARQUET: &[u8] = b"PAR1";
+const ARROW_FILE: &[u8] = b"ARROW1";
+const ARROW_STREAM: &[u8] = b"\xff\xff\xff\xff";
 /// What people try that is none of these, and what to do about it.
-const REFUSED: [(&[u8], &str); 8] = [
+const REFUSED: [(&[u8], &str); 6] = [
     (b"PK\x03\x04", "a zip archive; unpack it"),
     (b"BZh", "bzip2; unpack it, or compress it with gzip or zstd"),
     (b"\xfd7zXZ", "xz; unpack it, or compress it with gzip or zstd"),
-    (
-        b"ARROW1",
-        "an Arrow file; write it as Parquet or JSONL (`to_parquet`, `to_json` of the datasets library)",
-    ),
-    (
-        b"\xff\xff\xff\xff",
-        "an Arrow stream, as `save_to_disk` writes it; write it as Parquet or JSONL (`to_parquet`, `to_json`)",
-    ),
     (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data; fetch it with `git lfs pull`"),
@@ -55,6 +54,9 @@ pub(super) fn open(path: &Path) -> Result<Content> {
     let head = raw.fill_buf()?;
     if head.starts_with(PARQUET) {
         return Ok(Content::Parquet(File::open(path)?));
+    }
+    if head.starts_with(ARROW_FILE) || head.starts_with(ARROW_STREAM) {
+        return Ok(Content::Arrow { file: File::open(path)?, stream: head.starts_with(ARROW_STREAM) });
     }
     if let Some((_, what)) = REFUSED.iter().find(|(magic, _)| head.starts_with(magic)) {
         return Err(Error::Unreadable { path: path.to_path_buf(), message: (*what).to_owned() });
@@ -89,9 +91,15 @@ impl fmt::Debug for Source {
 }
 
 /// Counts the bytes of a file for the progress display.
-struct Counted {
-    file: File,
-    consumed: Arc<AtomicU64>,
+pub(super) struct Counted {
+    pub(super) file: File,
+    pub(super) consumed: Arc<AtomicU64>,
+}
+
+impl io::Seek for Counted {
+    fn seek(&mut self, to: io::SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
 }
 
 impl Read for Counted {

@@ -1,15 +1,16 @@
 //! Rows of a Parquet file, as the JSON text that a JSONL file would have. Columns and keys without a value are left out.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use fs_err::File;
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 
+use super::guard::guarded;
 use super::{MAX_ROW, Record, too_long};
 use crate::conversation::{RowError, malformed};
 use crate::error::{Error, Result};
@@ -30,7 +31,7 @@ impl ParquetRecords {
         let opened = guarded(|| {
             let reader = SerializedFileReader::new(file.into_file())?;
             let total = reader.metadata().file_metadata().num_rows();
-            Ok((RowIter::from_file_into(Box::new(reader)), total))
+            Ok::<_, ParquetError>((RowIter::from_file_into(Box::new(reader)), total))
         });
         let (rows, total) = opened.map_err(|problem| {
             refuse(format!(
@@ -85,20 +86,6 @@ impl fmt::Debug for ParquetRecords {
             .field("path", &self.path)
             .field("row", &self.row)
             .finish_non_exhaustive()
-    }
-}
-
-/// The reader panics over some damaged files and over column types that it does not know; to a user both are errors of
-/// the file.
-fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(read)) {
-        Ok(result) => result.map_err(|error| error.to_string()),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned();
-            Err(text
-                .or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()))
-                .unwrap_or_default())
-        }
     }
 }
 

@@ -96,6 +96,34 @@ fn token_rows_are_checked() {
     check("{\"input_ids\": \"1\", \"loss_mask\": [1]}", DropReason::Malformed, "`input_ids` is text");
 }
 
+/// A tokenizer with more tokens than the target has embeddings.
+#[test]
+fn tokens_that_the_target_does_not_have_are_named() {
+    let fixture = Fixture::new();
+    let end = fixture.tokenizer().id("<|im_end|>").unwrap();
+    fixture.write("target/config.json", format!("{{\"vocab_size\": {end}}}"));
+    let content = format!("{}{{\"input_ids\": [1, 2], \"loss_mask\": [0, 1]}}\n", row("a", "b"));
+    let mut config = fixture.config("in.jsonl", &content);
+    let error = quiet(&config).unwrap_err().to_string();
+    let expected =
+        format!("in.jsonl:1: token outside the vocabulary: token id {end}, but the target has {end} ids");
+    assert!(error.contains(&expected), "{error}");
+    config = fixture.skipping("in.jsonl", row("a", "b"));
+    let error = quiet(&config).unwrap_err().to_string();
+    assert!(error.contains("1 x token outside the vocabulary"), "{error}");
+}
+
+/// A row of very many turns ends in good time: it is not rendered once per turn.
+#[test]
+fn very_many_turns_are_searched_instead_of_rendered_one_by_one() {
+    let fixture = Fixture::new();
+    let turn = |role: &str| format!("{{\"role\":\"{role}\",\"content\":\"x\"}}");
+    let pair = format!("{},{}", turn("user"), turn("assistant"));
+    let content = format!("{{\"messages\":[{}]}}", vec![pair; 20_000].join(","));
+    let set = quiet(&PrepareConfig { max_length: 100, ..fixture.config("in.jsonl", content) }).unwrap();
+    assert_eq!(set.report().spans[&specforge_data::SpanSource::LearnedHeader], 1);
+}
+
 #[test]
 fn rows_without_supervision_are_dropped_not_errors() {
     let fixture = Fixture::new();

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parquet::basic::Compression;
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -137,9 +138,15 @@ fn cut_off_and_damaged_files_say_where() {
     check(&gzip(&whole), &["a compressed Parquet file; unpack it"]);
 }
 
-/// A damaged Parquet file ends in a set or an error, wherever the damage is.
+/// A damaged Parquet file ends in a set or an error, wherever the damage is; the user is told the error alone.
 #[test]
 fn no_damage_to_a_parquet_file_is_a_panic() {
+    static PANICS: AtomicUsize = AtomicUsize::new(0);
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        PANICS.fetch_add(1, Ordering::Relaxed);
+        before(panic);
+    }));
     let whole = parquet(&three_rows(), Compression::SNAPPY);
     let fixture = Fixture::new();
     for at in (4..whole.len()).step_by(5) {
@@ -150,6 +157,7 @@ fn no_damage_to_a_parquet_file_is_a_panic() {
             assert!(named || matches!(error, Error::NothingKept { .. }), "{error}");
         }
     }
+    assert_eq!(PANICS.load(Ordering::Relaxed), 0);
 }
 
 #[test]
@@ -157,8 +165,8 @@ fn other_kinds_of_files_are_named() {
     check(b"PK\x03\x04....", &["a zip archive; unpack it"]);
     check(b"BZh9....", &["bzip2; unpack it"]);
     check(b"\xfd7zXZ\0", &["xz; unpack it"]);
-    check(b"ARROW1\0\0", &["an Arrow file; write it as Parquet or JSONL"]);
-    check(b"\xff\xff\xff\xff\x10\0", &["an Arrow stream"]);
+    check(b"ARROW1\0\0", &["not a whole Arrow file"]);
+    check(b"\xff\xff\xff\xff\x10\0", &["not a whole Arrow file"]);
     check(b"\xff\xfe{\0", &["UTF-16 text; save it as UTF-8"]);
     check(b"version https://git-lfs.github.com/spec/v1\n", &["a Git LFS pointer"]);
 }

@@ -101,9 +101,10 @@ fn folders_and_patterns_are_searched() {
     fixture.write("odd[1].jsonl", many(1));
     assert_eq!(names("odd[1].jsonl"), ["odd[1].jsonl"]);
 
-    fixture.write("arrow/data-00000-of-00001.arrow", "");
+    fixture.write("arrow/cache-1a2b.arrow", "");
+    fixture.write("arrow/state.json", "{}");
     for (path, expected) in [
-        ("arrow", "Arrow files, as `save_to_disk` writes them, are not read"),
+        ("arrow", "has no .jsonl, .json, .parquet or .arrow file"),
         ("set/*.csv", "no file matches"),
         ("[", "not a pattern"),
         ("nowhere.jsonl", "nowhere.jsonl"),

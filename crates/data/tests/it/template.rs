@@ -180,7 +180,7 @@ fn a_generation_mark_in_a_message_is_refused() {
 #[test]
 fn the_table_of_templates_can_be_extended() {
     let fixture = Fixture::new();
-    let table = fixture.write("more.toml", "[mine]\nassistant_header = \"A:\"\nend_of_turn = [\"\\n\"]\n");
+    let table = fixture.write("more.toml", "[mine]\nassistant-header = \"A:\"\nend-of-turn = [\"\\n\"]\n");
     let templates = named_templates(Some(&table)).unwrap();
     assert!(templates.contains_key("mine") && templates.contains_key("llama3"));
     let spans = templates["mine"].find("Q: x\nA: y\nQ: z\nA: w");
@@ -189,7 +189,7 @@ fn the_table_of_templates_can_be_extended() {
     let options = TemplateOptions { name: Some("lama3".to_owned()), ..TemplateOptions::default() };
     let error = ChatTemplate::open(&fixture.target(), fixture.tokenizer().special(), &options).unwrap_err();
     assert!(error.to_string().contains("known: deepseek-r1-distill"), "{error}");
-    let table = fixture.write("more.toml", "[mine]\nassistant_header = \"\"\nend_of_turn = [\"x\"]\n");
+    let table = fixture.write("more.toml", "[mine]\nassistant-header = \"\"\nend-of-turn = [\"x\"]\n");
     assert!(named_templates(Some(&table)).unwrap_err().to_string().contains("[mine] needs"));
 }
 

@@ -1,8 +1,7 @@
 //! Offsets, decoding one id at a time, and special tokens from all their files.
 
 use serde_json::json;
-use specforge_data::RowRef;
-use specforge_data::runs;
+use specforge_data::{RowRef, Tokenizer, runs};
 
 use crate::fixture::Fixture;
 
@@ -79,4 +78,27 @@ fn special_tokens_come_from_all_files() {
     assert_eq!(tokenizer.special().eos_ids, [3, 9, end]);
     assert_eq!(tokenizer.vocab_size(), 400);
     assert_ne!(tokenizer.hash(), hash);
+}
+
+#[test]
+fn a_target_without_a_fast_tokenizer_says_how_to_make_one() {
+    let fixture = Fixture::new();
+    fs_err::remove_file(fixture.target().join("tokenizer.json")).unwrap();
+    let open = || Tokenizer::open(&fixture.target()).unwrap_err().to_string();
+    assert!(open().contains("tokenizer.json") && !open().contains("save_pretrained"), "{}", open());
+    fixture.write("target/tokenizer.model", "");
+    assert!(open().contains("only tokenizer.model") && open().contains("save_pretrained"), "{}", open());
+}
+
+/// A normalizer that replaces the text leaves nothing that offsets could point to.
+#[test]
+fn a_tokenizer_without_offsets_is_an_error_not_an_empty_mask() {
+    let fixture = Fixture::new();
+    let path = fixture.target().join("tokenizer.json");
+    let mut tokenizer: serde_json::Value = serde_json::from_slice(&fs_err::read(&path).unwrap()).unwrap();
+    tokenizer["normalizer"] =
+        json!({ "type": "Replace", "pattern": { "Regex": "^[\\s\\S]+$" }, "content": "hello" });
+    fs_err::write(&path, tokenizer.to_string()).unwrap();
+    let error = fixture.tokenizer().encode("something else").unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json: it does not say which bytes"), "{error}");
 }

@@ -1,0 +1,45 @@
+//! A `prepare` that is killed (SIGKILL) goes on where it was.
+
+use serde_json::Value;
+
+use crate::kill::Running;
+use crate::world::{World, conversations, names};
+
+/// The folder of unfinished sets, and what it says is done.
+fn progress(world: &World) -> Option<Value> {
+    let cache = fs_err::read_dir(world.path("runs/cache")).ok()?;
+    let mut names = cache.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+    let work = names.find(|name| name.ends_with(".work"))?;
+    serde_json::from_slice(&fs_err::read(world.path(&format!("runs/cache/{work}/progress.json"))).ok()?).ok()
+}
+
+fn set(world: &World, cache: &str) -> Vec<(String, Vec<u8>)> {
+    let folder = world.path(cache);
+    let [key] = &names(&folder)[..] else { panic!("one set alone in {cache}: {:?}", names(&folder)) };
+    let files = names(&folder.join(key)).into_iter();
+    files.map(|name| (name.clone(), fs_err::read(folder.join(key).join(name)).unwrap())).collect()
+}
+
+#[test]
+fn a_killed_prepare_goes_on_to_the_same_bits() {
+    let world = World::new();
+    world.write("conversations.jsonl", conversations(30_000, 5));
+    world.ok(&["prepare", "R", "--set", "data.cache-dir=whole"]);
+    let mut kills = 0;
+    // Killed until it gets to the end.
+    loop {
+        let before = progress(&world).map_or(0, |progress| progress["rows"].as_u64().unwrap());
+        let mut running = Running::start(&world, &["prepare", "R"]);
+        running.wait_until(|| progress(&world).is_some_and(|now| now["rows"].as_u64() > Some(before)));
+        if !running.kill() {
+            break;
+        }
+        kills += 1;
+        if kills == 3 {
+            world.ok(&["prepare", "R"]);
+            break;
+        }
+    }
+    assert!(kills > 0, "it ended before it could be killed");
+    assert!(set(&world, "runs/cache") == set(&world, "whole"), "after {kills} kills");
+}
