@@ -9,7 +9,7 @@ const LAYERS: [&[&str]; 9] = [
     &["nn"],
     &["models", "data", "store"],
     &["methods"],
-    &["eval", "export"],
+    &["eval", "export", "import"],
     &["train"],
     &["config"],
     &["cli"],
