@@ -7,6 +7,7 @@ mod lock;
 mod machine;
 mod setup;
 mod show;
+mod warm_start;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ struct Args {
 enum Command {
     Prepare(commands::prepare::Args),
     Capture(commands::capture::Args),
+    Import(commands::import::Args),
     Train(commands::train::Args),
     Eval(commands::eval::Args),
     Export(commands::export::Args),
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
     let run = || match args.command {
         Command::Prepare(args) => commands::prepare::run(&args),
         Command::Capture(args) => commands::capture::run(&args),
+        Command::Import(args) => commands::import::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Export(args) => commands::export::run(&args),

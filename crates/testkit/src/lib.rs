@@ -5,6 +5,8 @@
 
 mod compare;
 mod golden;
+mod http;
+mod hub;
 mod random;
 mod target;
 mod tensors;
@@ -12,6 +14,8 @@ mod torch;
 
 pub use compare::{assert_close, assert_close_max};
 pub use golden::{announce_skip, case_json, golden_case, golden_cases, golden_dir, own_case, test_device};
+pub use http::{HttpRequest, HttpResponse, HttpServer};
+pub use hub::{COMMIT, Fault, TestHub, Uploads};
 pub use random::Lcg;
 pub use target::{CHATML, SmallTarget, TargetTensor, byte_level_tokenizer, tokenizer_config};
 pub use tensors::{Tensor, Tensors, Values};

@@ -159,6 +159,13 @@ pub(crate) fn load(
     frozen: &Frozen,
 ) -> Result<(Box<dyn DraftMethod>, Params)> {
     let read = read_eagle3(folder)?;
+    if read.norms_before_residual() {
+        bail!(
+            "{}: config.json says norm_before_residual, which neither this program nor SGLang computes; the folder can only \
+             be trained on (train.warm-start)",
+            folder.display()
+        );
+    }
     let dims = eagle3::Dims::from_json(&read.config_json)
         .with_context(|| format!("{}/config.json", folder.display()))?;
     let capture = match read.config.capture_layers.clone() {
@@ -199,38 +206,4 @@ pub(crate) fn load(
     let method = eagle3::Eagle3::over(config, dims, capture, frozen, vocab, &params)?;
     note!("draft     {}", folder.display());
     Ok((Box::new(method), params))
-}
-
-/// Replaces fresh weights by those of a draft folder. Its draft vocabulary must be the run's.
-pub(crate) fn warm_start(folder: &Path, method: &dyn DraftMethod, params: &mut Params) -> Result<()> {
-    let read = read_eagle3(folder)?;
-    if let Some(d2t) = read.tensors.get("d2t") {
-        let ours: Vec<u8> = method.vocab().d2t().iter().flat_map(|offset| offset.to_le_bytes()).collect();
-        if *d2t.bytes != *ours {
-            bail!(
-                "{}: its draft vocabulary (d2t) is not the one counted from this run's data; train with the same data or without warm-start",
-                folder.display()
-            );
-        }
-    }
-    let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
-    for id in ids {
-        let param = params.get_mut(id);
-        let shape = param.value.shape().to_vec();
-        let tensor = read
-            .tensors
-            .get(&param.name)
-            .with_context(|| format!("{}: {} is missing", folder.display(), param.name))?;
-        if tensor.shape != shape {
-            bail!(
-                "{}: {} has shape {:?}, this recipe's draft needs {shape:?}",
-                folder.display(),
-                param.name,
-                tensor.shape
-            );
-        }
-        param.value.assign(&Tensor::from_f32(Device::Cpu, tensor.to_f32(), &shape)?)?;
-    }
-    note!("warm      weights of {}", folder.display());
-    Ok(())
 }
