@@ -50,3 +50,8 @@ pub(crate) fn kernel_cache() -> Option<PathBuf> {
     };
     own.or_else(user).map(|cache| cache.join("kernels"))
 }
+
+/// The key for servers of the OpenAI interface.
+pub(crate) fn openai_key() -> Option<String> {
+    variable("OPENAI_API_KEY").map(|key| key.to_string_lossy().into_owned())
+}

@@ -29,6 +29,7 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     Prepare(commands::prepare::Args),
+    Regenerate(commands::regenerate::Args),
     Capture(commands::capture::Args),
     Import(commands::import::Args),
     Train(commands::train::Args),
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
     gpu::configure();
     let run = || match args.command {
         Command::Prepare(args) => commands::prepare::run(&args),
+        Command::Regenerate(args) => commands::regenerate::run(&args),
         Command::Capture(args) => commands::capture::run(&args),
         Command::Import(args) => commands::import::run(&args),
         Command::Train(args) => commands::train::run(&args),

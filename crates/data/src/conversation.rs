@@ -40,8 +40,18 @@ pub(crate) struct RowError {
 }
 
 /// Columns of a row that are no template variables.
-const OWN_COLUMNS: [&str; 8] =
-    ["conversations", "messages", "id", "tools", "text", "input_ids", "loss_mask", "chat_template_kwargs"];
+const OWN_COLUMNS: [&str; 9] = [
+    "conversations",
+    "messages",
+    "id",
+    "tools",
+    "text",
+    "input_ids",
+    "loss_mask",
+    "chat_template_kwargs",
+    // How `specforge regenerate` made the answers.
+    "regenerated",
+];
 
 impl Conversation {
     /// Reads a row with `conversations` or `messages`.
@@ -132,7 +142,7 @@ impl Message {
     }
 
     /// Whether the turn is the model's.
-    pub(crate) fn is_assistant(&self) -> bool {
+    pub fn is_assistant(&self) -> bool {
         self.role.starts_with("assistant")
     }
 

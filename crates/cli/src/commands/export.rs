@@ -11,7 +11,7 @@ use specforge_export::{
 };
 use specforge_methods::{DraftMethod, Frozen, MethodConfig, VocabMap, eagle3};
 use specforge_models::{Capture, TargetInfo};
-use specforge_tensor::{Device, Params, Tensor};
+use specforge_tensor::{Params, Tensor};
 
 use super::eval::checkpoint;
 use crate::setup::{self, RecipeArgs};

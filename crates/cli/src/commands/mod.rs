@@ -7,4 +7,5 @@ pub(crate) mod export;
 pub(crate) mod import;
 pub(crate) mod info;
 pub(crate) mod prepare;
+pub(crate) mod regenerate;
 pub(crate) mod train;

@@ -15,7 +15,7 @@ use crate::show::note;
 
 /// Relative distance of states above which they are not the target's: bf16 and another engine's kernels are below it,
 /// another layer is near 1.
-const FAR: f64 = 0.1;
+const FAR: f64 = 0.05;
 
 /// Runs the target on some rows of the store and compares every captured layer.
 pub(super) fn against_target(
