@@ -3,6 +3,7 @@
 mod commands;
 mod env;
 mod gpu;
+mod hub;
 mod lock;
 mod machine;
 mod setup;

@@ -97,7 +97,8 @@ pub enum DeviceChoice {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct TargetConfig {
-    /// The folder, required: `config.json`, `tokenizer.json` and safetensors.
+    /// The folder, required: `config.json`, `tokenizer.json` and safetensors. Where there is no such folder, a repository
+    /// of the Hugging Face hub, `owner/name` or `owner/name@revision`, which is downloaded into its usual cache.
     pub path: Option<PathBuf>,
     /// How its weights lie in memory.
     pub dtype: TargetDType,

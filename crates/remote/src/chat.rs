@@ -165,7 +165,7 @@ impl Servers {
 fn is_the_server_s(error: &Error) -> bool {
     match error {
         Error::Status { status, .. } => matches!(status, 429 | 502..=504),
-        Error::Connection { why, .. } => why.contains("listens") || why.contains("no host"),
+        Error::Unreachable { .. } => true,
         _ => false,
     }
 }

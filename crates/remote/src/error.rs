@@ -13,7 +13,16 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] std::io::Error),
 
-    /// No answer: no such host, refused, cut off, too slow.
+    /// Nobody there: no such host, or nothing listens.
+    #[error("{url}: {why}")]
+    Unreachable {
+        /// What was asked for.
+        url: String,
+        /// What happened, and what to do.
+        why: String,
+    },
+
+    /// No whole answer: cut off, too slow.
     #[error("{url}: {why}")]
     Connection {
         /// What was asked for.
@@ -87,7 +96,7 @@ impl Error {
     /// Whether another try may succeed without anybody changing anything.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Connection { .. } | Self::Malformed { .. } => true,
+            Self::Unreachable { .. } | Self::Connection { .. } | Self::Malformed { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 425 | 429 | 500..=599),
             _ => false,
         }

@@ -135,15 +135,16 @@ pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 pub(crate) fn connection(url: &str, error: &ureq::Error) -> Error {
     let host = url.split('/').nth(2).unwrap_or(url);
-    let why = match error {
+    let url = url.to_owned();
+    match error {
         ureq::Error::HostNotFound => {
-            format!("there is no host {host}; is the address right, is there a network?")
+            let why = format!("there is no host {host}; is the address right, is there a network?");
+            Error::Unreachable { url, why }
         }
-        ureq::Error::Timeout(limit) => format!("no answer in time ({limit})"),
         ureq::Error::Io(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => {
-            format!("nothing listens at {host}; is the server running?")
+            Error::Unreachable { url, why: format!("nothing listens at {host}; is the server running?") }
         }
-        other => format!("{other}"),
-    };
-    Error::Connection { url: url.to_owned(), why }
+        ureq::Error::Timeout(limit) => Error::Connection { url, why: format!("no answer in time ({limit})") },
+        other => Error::Connection { url, why: other.to_string() },
+    }
 }

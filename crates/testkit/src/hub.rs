@@ -92,7 +92,13 @@ fn download(id: &str, files: &BTreeMap<String, Vec<u8>>, request: &HttpRequest) 
             json!({ "id": id, "sha": COMMIT, "siblings": siblings }).to_string(),
         ));
     }
-    let name = request.path.strip_prefix(&format!("/{id}/resolve/{COMMIT}/"))?;
+    // The hub keeps some small files at another place of its own.
+    let moved = format!("/{id}/resolve/{COMMIT}/tokenizer.json");
+    if request.path == moved {
+        return Some(HttpResponse::new(307, "Moved").with("Location", "/kept/tokenizer.json"));
+    }
+    let name = request.path.strip_prefix(&format!("/{id}/resolve/{COMMIT}/"));
+    let name = name.or_else(|| request.path.strip_prefix("/kept/"))?;
     let Some(content) = files.get(name) else { return Some(missing("EntryNotFound")) };
     let size = content.len().to_string();
     if name.ends_with(".safetensors") {

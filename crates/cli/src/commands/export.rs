@@ -1,5 +1,7 @@
 //! `specforge export`: a checkpoint as the folder that SGLang loads; and the check of any such folder.
 
+mod push;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -14,6 +16,7 @@ use specforge_models::{Capture, TargetInfo};
 use specforge_tensor::{Params, Tensor};
 
 use super::eval::checkpoint;
+use crate::hub;
 use crate::setup::{self, RecipeArgs};
 use crate::show::{note, print};
 
@@ -42,6 +45,13 @@ pub(crate) struct Args {
     /// Replace whatever is in the output folder.
     #[arg(long)]
     overwrite: bool,
+    /// Upload the folder to this repository (owner/name) of the Hugging Face hub, with a model card that holds the recipe;
+    /// needs HF_TOKEN.
+    #[arg(long, value_name = "REPOSITORY", conflicts_with = "check")]
+    push: Option<String>,
+    /// With --push: a repository that is made is private.
+    #[arg(long, requires = "push")]
+    private: bool,
     /// Verify this folder instead of writing one.
     #[arg(long, value_name = "FOLDER")]
     check: Option<PathBuf>,
@@ -69,11 +79,18 @@ impl Options {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if let Some(folder) = &args.check {
-        return run_check(folder, args.target.as_deref(), args.json);
+    if let Some(written) = &args.check {
+        let folder = hub::folder(written)?.unwrap_or_else(|| written.clone());
+        let target = match &args.target {
+            Some(written) => Some(hub::folder(written)?.unwrap_or_else(|| written.clone())),
+            None => None,
+        };
+        return run_check(&folder, target.as_deref(), args.json);
     }
+    let id = args.push.as_deref().map(push::repository).transpose()?;
     let recipe = args.recipe.clone().context("expected a recipe, or --check FOLDER")?;
-    let plan = RecipeArgs { recipe, sets: args.sets.clone() }.plan()?;
+    let recipe = RecipeArgs { recipe, sets: args.sets.clone() };
+    let plan = recipe.plan()?;
     let info = TargetInfo::read(&plan.target.path)?;
     let data = setup::prepared(&plan)?;
     let (method, mut params) = setup::draft(&plan, &info, &setup::frozen(&plan, &info)?, &data)?;
@@ -82,7 +99,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     options.write.with_embeddings |= args.embeddings;
     options.path = args.output.clone().unwrap_or(options.path);
     let folder = write(&plan, &info, method.as_ref(), &params, &options)?;
-    if args.json { print(json!({ "export_dir": folder })) } else { print(folder.display()) }
+    let url = match id {
+        Some(id) => Some(push::push(&id, args.private, &folder, &push::card(&id, &recipe, &plan, &data, best_of(args))?)?),
+        None => None,
+    };
+    if args.json {
+        return print(json!({ "export_dir": folder, "url": url }));
+    }
+    print(folder.display())?;
+    url.map_or(Ok(()), print)
+}
+
+/// Whether the exported checkpoint is the one that the run's summary is about.
+fn best_of(args: &Args) -> bool {
+    args.checkpoint == "best"
 }
 
 fn run_check(folder: &Path, target: Option<&Path>, as_json: bool) -> Result<()> {

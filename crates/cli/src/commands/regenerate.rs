@@ -124,7 +124,11 @@ enum CutOff {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     check(args)?;
-    let plan = args.recipe.clone().map(|recipe| RecipeArgs { recipe, sets: args.sets.clone() }.plan()).transpose()?;
+    let plan = args
+        .recipe
+        .clone()
+        .map(|recipe| RecipeArgs { recipe, sets: args.sets.clone() }.plan())
+        .transpose()?;
     let sources = sources(args, plan.as_ref())?;
     let (answerer, model, at_once) = answerer(args, plan.as_ref())?;
     let settings = settings(args, &model, &sources);

@@ -28,7 +28,7 @@ impl Hub {
         }
         let listing = match self.retried(watch, || self.listing(id)) {
             Ok(listing) => listing,
-            Err(Error::Connection { .. }) if cached.is_some() => {
+            Err(Error::Connection { .. } | Error::Unreachable { .. }) if cached.is_some() => {
                 return Ok(cache.snapshot(&cached.unwrap_or_default()));
             }
             Err(error) => return Err(error),
@@ -100,6 +100,8 @@ impl Hub {
         let mut failure = 0;
         loop {
             match once() {
+                // Without a network there is none a minute later.
+                Err(error @ Error::Unreachable { .. }) => return Err(error),
                 Err(error) if error.is_transient() && failure < self.backoff.retries => {
                     failure += 1;
                     crate::backoff::sleep(self.backoff.delay(failure, None, failure.into()), watch.stop)?;

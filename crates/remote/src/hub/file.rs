@@ -29,8 +29,10 @@ impl Hub {
     pub(super) fn remote(&self, id: &RepoId, commit: &str, file: &str) -> Result<Remote> {
         let url = format!("{}/{}/resolve/{commit}/{file}", self.endpoint, id.name());
         let mut response = self.http.head(&url)?;
-        // The same host under another name; storage elsewhere is where the content is, and says nothing of ours.
-        if response.status().is_redirection() && header(response.headers(), "x-linked-etag").is_none() {
+        // Small files may be elsewhere on the same host; storage on another one says nothing of hash and size, but then
+        // the hub itself does.
+        let linked = ["x-linked-etag", "x-linked-size"].map(|name| header(response.headers(), name).is_some());
+        if response.status().is_redirection() && linked != [true, true] {
             let to = header(response.headers(), "location").unwrap_or_default();
             let to = if to.starts_with('/') { format!("{}{to}", self.endpoint) } else { to.to_owned() };
             if to.starts_with(&self.endpoint) {

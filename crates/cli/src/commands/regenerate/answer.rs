@@ -142,7 +142,9 @@ fn no_answer(error: specforge_remote::Error) -> NoAnswer {
     match error {
         specforge_remote::Error::Stopped => NoAnswer::Stopped,
         // The model and the key are the same for everybody.
-        specforge_remote::Error::Status { status: 401 | 403 | 404 | 405, .. } => NoAnswer::Hopeless(error.into()),
+        specforge_remote::Error::Status { status: 401 | 403 | 404 | 405, .. } => {
+            NoAnswer::Hopeless(error.into())
+        }
         other => NoAnswer::Failed(other.to_string()),
     }
 }

@@ -74,7 +74,10 @@ impl Journal {
 
     fn lock(&self) -> Result<()> {
         self.file.file().try_lock().with_context(|| {
-            format!("{}: another run writes to it; wait for it, or choose another --output", self.path.display())
+            format!(
+                "{}: another run writes to it; wait for it, or choose another --output",
+                self.path.display()
+            )
         })
     }
 
@@ -89,7 +92,12 @@ impl Journal {
                 break;
             }
             number += 1;
-            let damaged = || format!("{}:{number}: not a line of a journal; start afresh with --overwrite", self.path.display());
+            let damaged = || {
+                format!(
+                    "{}:{number}: not a line of a journal; start afresh with --overwrite",
+                    self.path.display()
+                )
+            };
             let entry: Value = serde_json::from_slice(&line).with_context(damaged)?;
             if number == 1 {
                 self.compare(&entry["settings"], settings)?;
@@ -128,7 +136,13 @@ impl Journal {
     }
 
     /// Notes what became of a conversation. A failure is noted too, and forgotten by trying again.
-    pub(super) fn note(&mut self, key: &str, state: State, why: &str, row: Option<&Map<String, Value>>) -> Result<()> {
+    pub(super) fn note(
+        &mut self,
+        key: &str,
+        state: State,
+        why: &str,
+        row: Option<&Map<String, Value>>,
+    ) -> Result<()> {
         let start = self.end;
         self.append(&json!({ "key": key, "state": state.name(), "why": why, "row": row }))?;
         self.entries.insert(key.to_owned(), (state, start, self.end - start));

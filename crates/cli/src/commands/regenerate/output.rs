@@ -71,12 +71,12 @@ impl Lines {
 pub(super) fn write(place: &Place, sources: &[Source], most: Option<usize>, journal: &Journal) -> Result<()> {
     journal.sync()?;
     let mut reader = journal.reader()?;
-    let mut files =
-        (Lines::new(&place.output)?, Lines::new(&place.skipped)?, Lines::new(&place.errors)?);
+    let mut files = (Lines::new(&place.output)?, Lines::new(&place.skipped)?, Lines::new(&place.errors)?);
     let mut seen = BTreeMap::new();
     for row in RawRows::open(sources)?.take(most.unwrap_or(usize::MAX)) {
         let RawRow { path, line, row } = row?;
-        let aside = |why: &Value, row: Option<Value>| json!({ "path": path, "line": line, "why": why, "row": row });
+        let aside =
+            |why: &Value, row: Option<Value>| json!({ "path": path, "line": line, "why": why, "row": row });
         let row = match row {
             Ok(row) => row,
             Err(why) => {

@@ -62,7 +62,9 @@ pub(super) fn regenerate(
 fn usable(row: &Map<String, Value>) -> Result<Conversation, String> {
     let conversation = Conversation::of_row(row)?;
     let strange = conversation.messages.iter().find(|m| {
-        m.role == "tool" || m.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty()) || m.role.contains('_')
+        m.role == "tool"
+            || m.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty())
+            || m.role.contains('_')
     });
     match strange {
         Some(message) if message.role.contains('_') => {

@@ -4,17 +4,18 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use specforge_data::{RawRow, RawRows, Source};
 
+use super::super::capture::stop_on_signal;
+use super::Args;
 use super::answer::{Answerer, NoAnswer};
 use super::journal::{Journal, State, key};
 use super::turns::{Outcome, regenerate};
-use super::super::capture::stop_on_signal;
-use super::Args;
 use crate::show::{Progress, note};
 
 /// Conversations in a row that fail before everything is given up: then it is not the conversations.
@@ -74,9 +75,9 @@ pub(super) fn all(
         for _ in 0..at_once {
             let (send, queue, give_up) = (send.clone(), &queue, &give_up);
             scope.spawn(move || {
-                while let Some(task) = next(queue, stop, give_up) {
+                while let Some(task) = next(queue, give_up) {
                     let result = task.and_then(|task| {
-                        let outcome = regenerate(args, answerer, (task.number, &task.row), stop_or(stop, give_up));
+                        let outcome = regenerate(args, answerer, (task.number, &task.row), give_up);
                         Ok((task, outcome))
                     });
                     if send.send(result).is_err() {
@@ -86,7 +87,7 @@ pub(super) fn all(
             });
         }
         drop(send);
-        write(receive, journal, &queue, &give_up)
+        write(&receive, journal, &queue, (stop, &give_up))
     });
     let counts = queue.into_inner().unwrap_or_else(PoisonError::into_inner).counts;
     let counts = merged(counts, written?);
@@ -100,16 +101,11 @@ pub(super) fn all(
     Ok(counts)
 }
 
-/// One flag ends requests early: the user's, which the other kind of end sets too.
-fn stop_or<'a>(stop: &'a AtomicBool, give_up: &'a AtomicBool) -> &'a AtomicBool {
-    if give_up.load(Ordering::Relaxed) { give_up } else { stop }
-}
-
 /// The next row that is to be regenerated; none at the end or when it is to stop.
-fn next(queue: &Mutex<Queue<'_>>, stop: &AtomicBool, give_up: &AtomicBool) -> Option<Result<Task>> {
+fn next(queue: &Mutex<Queue<'_>>, give_up: &AtomicBool) -> Option<Result<Task>> {
     let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
-        if stop.load(Ordering::Relaxed) || give_up.load(Ordering::Relaxed) {
+        if give_up.load(Ordering::Relaxed) {
             return None;
         }
         let row = match queue.rows.next()? {
@@ -138,22 +134,33 @@ type Finished = Result<(Task, Result<Outcome, NoAnswer>)>;
 
 /// Writes down what comes, until all threads have ended.
 fn write(
-    receive: mpsc::Receiver<Finished>,
+    receive: &mpsc::Receiver<Finished>,
     journal: &mut Journal,
     queue: &Mutex<Queue<'_>>,
-    give_up: &AtomicBool,
+    (stop, give_up): (&AtomicBool, &AtomicBool),
 ) -> Result<Counts> {
     let progress = Progress::new("regenerate", false);
     let mut counts = Counts::default();
     let (mut failures, mut first_error) = (0, None);
-    for finished in receive {
-        let result = finished.and_then(|(task, outcome)| note_down(journal, &mut counts, &mut failures, task, outcome));
+    loop {
+        // The user's signal ends the requests that are under way.
+        if stop.load(Ordering::Relaxed) {
+            give_up.store(true, Ordering::Relaxed);
+        }
+        let finished = match receive.recv_timeout(Duration::from_millis(100)) {
+            Ok(finished) => finished,
+            Err(mpsc::RecvTimeoutError::Timeout) => continue,
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+        };
+        let result = finished
+            .and_then(|(task, outcome)| note_down(journal, &mut counts, &mut failures, task, outcome));
         if let Err(error) = result {
             give_up.store(true, Ordering::Relaxed);
             first_error.get_or_insert(error);
         }
         let seen = queue.lock().map_or(0, |queue| queue.counts.rows);
-        progress.message(format!("{} done, {} skipped, {} failed", counts.done, counts.skipped, counts.failed));
+        progress
+            .message(format!("{} done, {} skipped, {} failed", counts.done, counts.skipped, counts.failed));
         progress.set(counts.done + counts.skipped + counts.failed, seen);
     }
     progress.done();
@@ -187,7 +194,9 @@ fn note_down(
             }
             journal.note(&task.key, State::Failed, &why, None)?;
             if *failures >= HOPELESS {
-                bail!("{HOPELESS} conversations in a row failed, the last one: {why}; when that is mended, go on with --resume");
+                bail!(
+                    "{HOPELESS} conversations in a row failed, the last one: {why}; when that is mended, go on with --resume"
+                );
             }
             Ok(())
         }
