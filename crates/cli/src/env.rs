@@ -71,7 +71,8 @@ pub(crate) fn hub() -> HubSettings {
     let kept = variable("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
     let kept = || std::fs::read_to_string(kept).ok().map(|token| token.trim().to_owned());
     let is_set = |name: &str| {
-        text(name).is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str()))
+        text(name)
+            .is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str()))
     };
     HubSettings {
         endpoint: text("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned()),

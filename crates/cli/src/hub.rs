@@ -31,6 +31,12 @@ pub(crate) fn folder(written: &Path) -> Result<Option<PathBuf>> {
     Ok(Some(folder))
 }
 
+/// The name on the hub of what came from there; else the name of the file or folder.
+pub(crate) fn name(path: &Path) -> String {
+    let own = || path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Hub::of_snapshot(path).map_or_else(own, |id| id.name().to_owned())
+}
+
 /// Does something of the hub with its progress shown.
 pub(crate) fn watched<T>(name: &'static str, work: impl FnOnce(Watch<'_>) -> T) -> T {
     let progress = Mutex::new(Progress::new(name, true));

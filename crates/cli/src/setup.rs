@@ -36,6 +36,11 @@ impl RecipeArgs {
         let mut plan = recipe.plan;
         let written = recipe.config.target.path.unwrap_or_default();
         plan.target.path = hub::folder(&written)?.unwrap_or(plan.target.path);
+        for (source, written) in plan.data.conversations.iter_mut().zip(&recipe.config.data.conversations) {
+            if let Some(folder) = hub::folder(&written.path)? {
+                source.path = folder;
+            }
+        }
         if let Some(written) = recipe.config.train.warm_start {
             plan.train.warm_start = hub::folder(&written)?.or(plan.train.warm_start);
         }

@@ -132,7 +132,7 @@ pub enum TargetDType {
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct DataConfig {
     /// JSONL or JSON files (plain, gzip or zstd) and Parquet files, at least one; the content says which, not the name.
-    /// Also folders of such files (without the splits for testing where there is one for training), patterns with `*`,
+    /// Also `datasets/owner/name` on the Hugging Face hub, folders of such files (without the splits for testing where there is one for training), patterns with `*`,
     /// `?` and `**`, and `{ path = "...", weight = 0.5 }`: a weight below 1 uses that share of the rows, drawn by `seed`
     /// and content; one above 1 repeats rows.
     pub conversations: Vec<Source>,

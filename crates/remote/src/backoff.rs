@@ -18,7 +18,7 @@ pub struct Backoff {
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self { retries: 5, first: Duration::from_secs(1), most: Duration::from_secs(60) }
+        Self { retries: 5, first: Duration::from_secs(1), most: Duration::from_mins(1) }
     }
 }
 

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-pub use id::RepoId;
+pub use id::{Kind, RepoId};
 pub use upload::{Upload, UploadFile};
 
 use crate::http::{Http, Limits};
@@ -74,7 +74,7 @@ impl Hub {
     /// The hub of these settings.
     pub fn new(settings: HubSettings) -> Self {
         let HubSettings { endpoint, cache, token, offline, backoff } = settings;
-        let limits = Limits { answer: Duration::from_secs(60), body: Duration::from_secs(1800) };
+        let limits = Limits { answer: Duration::from_mins(1), body: Duration::from_mins(30) };
         let endpoint = endpoint.trim_end_matches('/').to_owned();
         Self { endpoint, cache, offline, has_token: token.is_some(), http: Http::new(token, limits), backoff }
     }
@@ -87,7 +87,7 @@ impl Hub {
     /// What a failed request means for a repository, and what to do about it.
     fn explain(&self, id: &RepoId, error: Error, code: Option<&str>) -> Error {
         let Error::Status { status, message, .. } = &error else { return error };
-        let page = format!("{}/{}", self.endpoint, id.name());
+        let page = format!("{}/{}", self.endpoint, id.page_path());
         let token = if self.has_token {
             "the token in HF_TOKEN (or the file `token` of HF_HOME) does not allow it"
         } else {

@@ -120,14 +120,14 @@ fn answer(stream: &TcpStream, handler: &Handler, log: &Mutex<Vec<HttpRequest>>) 
     log.lock().unwrap_or_else(|error| panic!("{error}")).push(request.clone());
     let response = handler(&request);
     std::thread::sleep(response.delay);
-    let mut head = format!("HTTP/1.1 {} Answer\r\nConnection: close\r\n", response.status);
+    let mut head = vec![format!("HTTP/1.1 {} Answer\r\nConnection: close\r\n", response.status)];
     let given = response.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("content-length"));
     if !given {
-        head += &format!("Content-Length: {}\r\n", response.body.len());
+        head.push(format!("Content-Length: {}\r\n", response.body.len()));
     }
-    response.headers.iter().for_each(|(name, value)| head += &format!("{name}: {value}\r\n"));
+    head.extend(response.headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")));
     let mut out = stream;
-    out.write_all((head + "\r\n").as_bytes())?;
+    out.write_all((head.concat() + "\r\n").as_bytes())?;
     if request.method != "HEAD" {
         let length = response.cut.unwrap_or(response.body.len());
         out.write_all(&response.body[..length])?;

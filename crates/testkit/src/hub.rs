@@ -70,7 +70,7 @@ fn missing(code: &str) -> HttpResponse {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat()
 }
 
 fn sha256(content: &[u8]) -> String {
@@ -82,7 +82,8 @@ fn download(id: &str, files: &BTreeMap<String, Vec<u8>>, request: &HttpRequest) 
         let content = files.values().find(|content| sha256(content) == oid)?;
         return Some(ranged(request, content));
     }
-    if let Some(revision) = request.path.strip_prefix(&format!("/api/models/{id}/revision/")) {
+    let api = if id.starts_with("datasets/") { format!("/api/{id}") } else { format!("/api/models/{id}") };
+    if let Some(revision) = request.path.strip_prefix(&format!("{api}/revision/")) {
         if !matches!(revision, "main" | COMMIT) {
             return Some(missing("RevisionNotFound"));
         }

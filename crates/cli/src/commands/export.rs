@@ -26,6 +26,7 @@ use crate::show::{note, print};
 /// With --check, any EAGLE3 folder is verified against what the serving side reads: names, shapes, dtypes, vocabulary
 /// maps, configuration. A folder made by other programs may be checked too.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent flags of the command line")]
 pub(crate) struct Args {
     /// The recipe whose run is exported.
     #[arg(required_unless_present = "check")]
@@ -100,7 +101,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     options.path = args.output.clone().unwrap_or(options.path);
     let folder = write(&plan, &info, method.as_ref(), &params, &options)?;
     let url = match id {
-        Some(id) => Some(push::push(&id, args.private, &folder, &push::card(&id, &recipe, &plan, &data, best_of(args))?)?),
+        Some(id) => Some(push::push(
+            &id,
+            args.private,
+            &folder,
+            &push::card(&id, &recipe, &plan, &data, best_of(args))?,
+        )?),
         None => None,
     };
     if args.json {

@@ -125,7 +125,7 @@ fn conclude(args: &Args, summary: &Summary, stopped: bool) -> Result<()> {
     if args.json {
         print(serde_json::to_string_pretty(summary)?)?;
     } else {
-        print(table(&shown(summary)?))?;
+        print(table(&shown(summary)))?;
     }
     let Summary { missing, rows, .. } = summary;
     if stopped {
@@ -141,18 +141,18 @@ fn conclude(args: &Args, summary: &Summary, stopped: bool) -> Result<()> {
     Ok(())
 }
 
-fn shown(s: &Summary) -> Result<Vec<(&'static str, String)>> {
+fn shown(s: &Summary) -> Vec<(&'static str, String)> {
     let store = Reader::open(&s.store).map(|reader| reader.summary());
     let size = store.map_or_else(|_| "nothing".to_owned(), |store| bytes(store.bytes));
     let best = |share: f64| format!("{:.0} % of supervised places", 100.0 * share);
-    Ok(vec![
+    vec![
         ("store", s.store.display().to_string()),
         ("rows", format!("{} imported, {} were there, {} missing", s.imported, s.already_there, s.missing)),
         ("files", format!("{} read, {} of no row, {} unreadable", s.files, s.without_row, s.unreadable)),
         ("loss masks unlike the files'", s.other_masks.to_string()),
         ("target's best token follows at", s.next_token_is_best.map_or("none read".to_owned(), best)),
         ("size", size),
-    ])
+    ]
 }
 
 /// What turns a file into rows.

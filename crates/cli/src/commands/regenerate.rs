@@ -17,9 +17,9 @@ use specforge_data::Source;
 use specforge_remote::Backoff;
 use specforge_remote::chat::Servers;
 
-use crate::env;
 use crate::setup::RecipeArgs;
 use crate::show::{note, print, table};
+use crate::{env, hub};
 use answer::{Answerer, InProcess, OverHttp};
 use journal::Journal;
 use work::Counts;
@@ -59,6 +59,9 @@ pub(crate) struct Args {
     /// Tries after the first one, with waits that double.
     #[arg(long, value_name = "N", default_value_t = 5)]
     retries: u32,
+    /// Seconds before the second try; each further wait is twice as long, up to a minute.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    retry_wait: f64,
     /// Seconds that one answer may take.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u64,
@@ -134,7 +137,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let settings = settings(args, &model, &sources);
     let place = output::Place::new(&args.output);
     let Some(mut journal) = open(args, &place, &settings)? else { return Ok(()) };
-    note!("regenerate by {}, {at_once} at once, to {}", answerer.name(), args.output.display());
+    let place_of = if args.servers.is_empty() { "in this process" } else { "over HTTP" };
+    note!("regenerate by {} {place_of}, {at_once} at once, to {}", answerer.name(), args.output.display());
     let counts = work::all(args, &sources, &answerer, at_once, &mut journal)?;
     output::write(&place, &sources, args.max_rows, &journal)?;
     if counts.failed == 0 {
@@ -148,6 +152,9 @@ fn check(args: &Args) -> Result<()> {
     if !sampling || args.top_p.is_some_and(|p| !(p > 0.0 && p <= 1.0)) {
         bail!("--temperature: expected 0 or more; --top-p: expected above 0, at most 1");
     }
+    if !(args.retry_wait >= 0.0 && args.retry_wait <= 60.0) {
+        bail!("--retry-wait: expected 0 to 60");
+    }
     if args.max_tokens == 0 || args.concurrency == Some(0) || args.timeout == 0 {
         bail!("--max-tokens, --concurrency and --timeout: expected at least 1");
     }
@@ -156,7 +163,8 @@ fn check(args: &Args) -> Result<()> {
 
 fn sources(args: &Args, plan: Option<&RunPlan>) -> Result<Vec<Source>> {
     if !args.input.is_empty() {
-        return Ok(args.input.iter().cloned().map(Source::from).collect());
+        let of_hub = |path: &PathBuf| Ok(hub::folder(path)?.unwrap_or_else(|| path.clone()).into());
+        return args.input.iter().map(of_hub).collect();
     }
     let plan = plan.context("expected a recipe, or --input FILE")?;
     Ok(plan.data.conversations.clone())
@@ -168,10 +176,14 @@ fn answerer(args: &Args, plan: Option<&RunPlan>) -> Result<(Answerer, String, us
         let plan = plan.context("expected a recipe with the target, or --server URL")?;
         let in_process = InProcess::open(plan)?;
         let at_once = args.concurrency.unwrap_or_else(|| in_process.at_once());
-        let model = plan.target.path.display().to_string();
+        let model = hub::name(&plan.target.path);
         return Ok((Answerer::InProcess(Box::new(in_process)), model, at_once));
     }
-    let backoff = Backoff { retries: args.retries, ..Backoff::default() };
+    let backoff = Backoff {
+        retries: args.retries,
+        first: Duration::from_secs_f64(args.retry_wait),
+        ..Backoff::default()
+    };
     let (at_once, limit) = (args.concurrency.unwrap_or(64), Duration::from_secs(args.timeout));
     let servers = Servers::new(&args.servers, env::openai_key(), at_once, backoff, limit);
     let names = servers.models()?;

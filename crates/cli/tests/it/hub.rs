@@ -70,7 +70,10 @@ fn a_run_on_a_target_of_the_hub_is_trained_served_and_pushed() {
     assert_eq!(pushed["url"], format!("{}/me/draft", hubs.hub.url()));
     let uploads = hubs.hub.uploads();
     assert_eq!(uploads.created.unwrap()["private"], true);
-    assert_eq!(uploads.stored.values().next().unwrap(), &hubs.world.bytes("runs/run/export/model.safetensors"));
+    assert_eq!(
+        uploads.stored.values().next().unwrap(),
+        &hubs.world.bytes("runs/run/export/model.safetensors")
+    );
     let paths: Vec<_> = uploads.commit.iter().skip(1).map(|line| line["value"]["path"].clone()).collect();
     assert_eq!(paths, ["README.md", "config.json", "model.safetensors"]);
     let card = decoded(uploads.commit[1]["value"]["content"].as_str().unwrap());
@@ -115,6 +118,22 @@ fn a_folder_of_that_name_wins() {
     SmallTarget::llama(2).write(&hubs.world.path("small/target"));
     hubs.ok(&[&["prepare", "R"], &TARGET[..]].concat(), &[]);
     assert!(hubs.hub.requests().is_empty());
+}
+
+#[test]
+fn conversations_may_be_a_dataset_of_the_hub() {
+    let world = World::new();
+    let rows = world.bytes("conversations.jsonl");
+    let files = [("README.md", vec![]), ("data/train.jsonl", rows), ("data/test.jsonl", b"{}\n".to_vec())];
+    let hub = TestHub::start("datasets/small/talk", &files, Box::new(|_| None));
+    let hubs = Hubs { world, hub };
+    let talk = ["--set", "data.conversations=[\"datasets/small/talk\"]", "--json"];
+    let ran = hubs.ok(&[&["prepare", "R"], &talk[..]].concat(), &[]);
+    let report: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(report["rows_kept"], 60, "{report}");
+    assert!(hubs.world.has(&format!("hf/hub/datasets--small--talk/snapshots/{COMMIT}/data/train.jsonl")));
+    let none = ["prepare", "R", "--set", "data.conversations=[\"datasets/small/none\"]"];
+    hubs.run(&none, &[]).refused(&["datasets/small/none", "is the name right?"]);
 }
 
 #[test]

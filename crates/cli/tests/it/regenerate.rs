@@ -21,7 +21,7 @@ fn questions(count: usize) -> String {
             { "from": "human", "value": format!("first {i}") }, { "from": "gpt", "value": "old" },
             { "from": "human", "value": format!("second {i}") } ] }),
     };
-    (0..count).map(|i| format!("{}\n", row(i))).collect()
+    (0..count).map(|i| format!("{}\n", row(i))).collect::<Vec<_>>().concat()
 }
 
 /// What the test's model answers: the last question and how many messages came before.
@@ -153,7 +153,19 @@ fn faults_change_nothing() {
         })
     };
     let (a, b) = (faulty(), faulty());
-    let more = ["--server", b.url(), "--timeout", "1", "--retries", "6", "--overwrite", "--concurrency", "8"];
+    let more = [
+        "--server",
+        b.url(),
+        "--timeout",
+        "1",
+        "--retries",
+        "6",
+        "--retry-wait",
+        "0.02",
+        "--overwrite",
+        "--concurrency",
+        "8",
+    ];
     world.ok(&args(a.url(), &more));
     assert_eq!(world.text("out.jsonl"), expected);
     assert!(chats(&a) > 0 && chats(&b) > 0);

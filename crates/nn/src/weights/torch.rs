@@ -113,7 +113,7 @@ impl<'a> Archive<'a> {
             .map_err(|error| torch(path, format!("a damaged zip archive: {error}"), AGAIN))?;
         let prefix = zip
             .file_names()
-            .filter_map(|name| name.ok())
+            .filter_map(std::result::Result::ok)
             .find_map(|name| name.strip_suffix("/data.pkl").map(str::to_owned));
         let prefix = prefix.ok_or_else(|| {
             torch(path, "a zip archive without data.pkl".to_owned(), "is it a file of torch.save?")

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::RepoId;
 use super::id::is_commit;
+use super::{Kind, RepoId};
 use crate::Result;
 
 /// A repository's folder in the cache.
@@ -14,7 +14,8 @@ pub(super) struct RepoCache {
 
 impl RepoCache {
     pub(super) fn new(cache: &Path, id: &RepoId) -> Self {
-        Self { folder: cache.join(format!("models--{}", id.name().replace('/', "--"))) }
+        let kind = if id.kind() == Kind::Dataset { "datasets" } else { "models" };
+        Self { folder: cache.join(format!("{kind}--{}", id.name().replace('/', "--"))) }
     }
 
     pub(super) fn blob(&self, etag: &str) -> PathBuf {
@@ -73,8 +74,14 @@ impl RepoCache {
 pub(super) fn of_snapshot(path: &Path) -> Option<RepoId> {
     let mut parts = path.iter().rev().map(|part| part.to_str());
     let (commit, snapshots, repo) = (parts.next()??, parts.next()??, parts.next()??);
-    let name = repo.strip_prefix("models--")?.replacen("--", "/", 1);
-    (snapshots == "snapshots" && is_commit(commit)).then(|| RepoId::at(name, commit.to_owned()))
+    let (kind, name) = repo.split_once("--")?;
+    let kind = match kind {
+        "models" => Kind::Model,
+        "datasets" => Kind::Dataset,
+        _ => return None,
+    };
+    let name = name.replacen("--", "/", 1);
+    (snapshots == "snapshots" && is_commit(commit)).then(|| RepoId::at(kind, name, commit.to_owned()))
 }
 
 #[cfg(test)]

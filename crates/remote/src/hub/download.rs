@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use super::cache::RepoCache;
 use super::file::Remote;
 use super::listing::Listing;
-use super::{Hub, RepoId, Watch};
+use super::{Hub, Kind, RepoId, Watch};
 use crate::{Error, Result};
 
 /// Files that come at once.
@@ -33,8 +33,14 @@ impl Hub {
             }
             Err(error) => return Err(error),
         };
-        if !listing.files.iter().any(|file| file == "config.json" || file == "training_state.pt") {
-            let why = "it has no config.json: it is not a model in the form of transformers".to_owned();
+        let is_model = listing.files.iter().any(|file| file == "config.json" || file == "training_state.pt");
+        let usable = if id.kind() == Kind::Dataset { !listing.files.is_empty() } else { is_model };
+        if !usable {
+            let why = match id.kind() {
+                Kind::Model => "it has no config.json: it is not a model in the form of transformers",
+                Kind::Dataset => "it has no .jsonl, .json or .parquet file",
+            };
+            let why = why.to_owned();
             return Err(Error::Repository { what: id.to_string(), why });
         }
         self.fetch_all(id, &cache, &listing, watch)?;

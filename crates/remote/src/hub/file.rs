@@ -27,11 +27,12 @@ const PIECE: usize = 1 << 20;
 impl Hub {
     /// What the hub says about a file.
     pub(super) fn remote(&self, id: &RepoId, commit: &str, file: &str) -> Result<Remote> {
-        let url = format!("{}/{}/resolve/{commit}/{file}", self.endpoint, id.name());
+        let url = format!("{}/{}/resolve/{commit}/{file}", self.endpoint, id.page_path());
         let mut response = self.http.head(&url)?;
         // Small files may be elsewhere on the same host; storage on another one says nothing of hash and size, but then
         // the hub itself does.
-        let linked = ["x-linked-etag", "x-linked-size"].map(|name| header(response.headers(), name).is_some());
+        let linked =
+            ["x-linked-etag", "x-linked-size"].map(|name| header(response.headers(), name).is_some());
         if response.status().is_redirection() && linked != [true, true] {
             let to = header(response.headers(), "location").unwrap_or_default();
             let to = if to.starts_with('/') { format!("{}{to}", self.endpoint) } else { to.to_owned() };
@@ -180,5 +181,5 @@ fn verify(remote: &Remote, file: &mut File) -> Result<()> {
 
 /// Bytes as hexadecimal digits.
 pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat()
 }

@@ -1,17 +1,31 @@
-//! The name of a repository: `owner/name`, or `owner/name@revision`.
+//! The name of a repository: `owner/name` of a model, `datasets/owner/name` of a dataset; `@revision` may follow.
 
 use std::fmt;
 
-/// A model on the hub.
+/// What a repository holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A target or a draft.
+    Model,
+    /// Rows of text.
+    Dataset,
+}
+
+/// A repository on the hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RepoId {
+    kind: Kind,
     name: String,
     revision: Option<String>,
 }
 
 impl RepoId {
-    /// Reads `owner/name` or `owner/name@revision`; `None` if the text cannot be such a name.
+    /// Reads `owner/name`, `datasets/owner/name` and either with `@revision`; `None` if the text cannot be such a name.
     pub fn parse(text: &str) -> Option<Self> {
+        let (kind, text) = match text.strip_prefix("datasets/") {
+            Some(rest) if rest.contains('/') => (Kind::Dataset, rest),
+            _ => (Kind::Model, text),
+        };
         let (name, revision) = match text.split_once('@') {
             Some((name, revision)) => (name, Some(revision)),
             None => (text, None),
@@ -36,9 +50,14 @@ impl RepoId {
                 && !revision.starts_with(['/', '-', '.'])
                 && !revision.ends_with('/')
         };
-        let is_name = legal(owner) && legal(model) && !model.ends_with(".git");
+        let is_name = legal(owner) && legal(model) && !model.to_ascii_lowercase().ends_with(".git");
         let ok = is_name && revision.is_none_or(legal_revision);
-        ok.then(|| Self { name: name.to_owned(), revision: revision.map(str::to_owned) })
+        ok.then(|| Self { kind, name: name.to_owned(), revision: revision.map(str::to_owned) })
+    }
+
+    /// What it holds.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// `owner/name`.
@@ -56,8 +75,20 @@ impl RepoId {
         is_commit(self.revision())
     }
 
-    pub(crate) fn at(name: String, commit: String) -> Self {
-        Self { name, revision: Some(commit) }
+    /// A repository at a commit.
+    pub(crate) fn at(kind: Kind, name: String, commit: String) -> Self {
+        Self { kind, name, revision: Some(commit) }
+    }
+
+    /// Its part of an address of the interface: `models/owner/name`.
+    pub(crate) fn api_path(&self) -> String {
+        let kind = if self.kind == Kind::Dataset { "datasets" } else { "models" };
+        format!("{kind}/{}", self.name)
+    }
+
+    /// Its part of the address of its page and files: `owner/name`, `datasets/owner/name`.
+    pub(crate) fn page_path(&self) -> String {
+        if self.kind == Kind::Dataset { format!("datasets/{}", self.name) } else { self.name.clone() }
     }
 }
 
@@ -68,7 +99,7 @@ pub(crate) fn is_commit(text: &str) -> bool {
 
 impl fmt::Display for RepoId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.name)?;
+        f.write_str(&self.page_path())?;
         self.revision.as_ref().map_or(Ok(()), |revision| write!(f, "@{revision}"))
     }
 }
@@ -85,6 +116,13 @@ mod tests {
         let id = RepoId::parse("Qwen/Qwen3-8B@main").unwrap();
         assert_eq!((id.name(), id.revision(), id.is_pinned()), ("Qwen/Qwen3-8B", "main", false));
         assert_eq!(RepoId::parse("a/b").unwrap().revision(), "main");
+        let dataset = RepoId::parse("datasets/a/b@v1").unwrap();
+        assert_eq!((dataset.kind(), dataset.name()), (Kind::Dataset, "a/b"));
+        assert_eq!(
+            (dataset.to_string().as_str(), dataset.api_path().as_str()),
+            ("datasets/a/b@v1", "datasets/a/b")
+        );
+        assert_eq!(RepoId::parse("datasets/a").unwrap().kind(), Kind::Model);
         assert!(RepoId::parse(&format!("a/b@{}", "0f".repeat(20))).unwrap().is_pinned());
         for text in [
             "",

@@ -1,7 +1,7 @@
 //! What a repository has, and which of it a model needs.
 
 use super::id::is_commit;
-use super::{Hub, RepoId};
+use super::{Hub, Kind, RepoId};
 use crate::http::{self, header};
 use crate::{Error, Result};
 
@@ -16,7 +16,7 @@ impl Hub {
     /// Asks the hub for a revision.
     pub(super) fn listing(&self, id: &RepoId) -> Result<Listing> {
         let revision = id.revision().replace('/', "%2F");
-        let url = format!("{}/api/models/{}/revision/{revision}", self.endpoint, id.name());
+        let url = format!("{}/api/{}/revision/{revision}", self.endpoint, id.api_path());
         let response = self.http.get(&url, &[])?;
         let code = header(response.headers(), "x-error-code").map(str::to_owned);
         let answer = http::json(&url, response).map_err(|error| self.explain(id, error, code.as_deref()))?;
@@ -27,7 +27,8 @@ impl Hub {
             return Err(Error::Malformed { url, why });
         };
         let names = files.iter().filter_map(|file| file["rfilename"].as_str());
-        Ok(Listing { commit: commit.to_owned(), files: needed(names) })
+        let files = if id.kind() == Kind::Dataset { rows(names) } else { needed(names) };
+        Ok(Listing { commit: commit.to_owned(), files })
     }
 }
 
@@ -43,6 +44,20 @@ const READ: [&str; 9] = [
     "model.safetensors.index.json",
     "training_state.pt",
 ];
+
+/// Files of a dataset that hold rows, wherever they are in it.
+fn rows<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let of_rows = |name: &&str| {
+        let name = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        [".jsonl", ".json", ".ndjson", ".parquet"].iter().any(|end| name.ends_with(end))
+    };
+    let inside = |name: &&str| {
+        !name.starts_with('/')
+            && !name.contains('\\')
+            && name.split('/').all(|part| !matches!(part, "" | "." | ".."))
+    };
+    names.filter(inside).filter(of_rows).map(str::to_owned).collect()
+}
 
 /// The files of a model: configuration, tokenizer, template, safetensors. Other forms of the same weights are left out;
 /// PyTorch's is taken only where there is no other.
@@ -67,7 +82,21 @@ fn needed<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::needed;
+    use super::{needed, rows};
+
+    #[test]
+    fn rows_of_a_dataset_stay_inside_of_it() {
+        let names = [
+            "README.md",
+            "data/train-0.parquet",
+            "a.jsonl.gz",
+            "../x.jsonl",
+            "/y.json",
+            "b/./c.json",
+            "d.arrow",
+        ];
+        assert_eq!(rows(names.into_iter()), ["data/train-0.parquet", "a.jsonl.gz"]);
+    }
 
     #[test]
     fn only_what_is_read_is_taken() {

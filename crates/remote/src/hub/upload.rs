@@ -139,7 +139,7 @@ impl Hub {
         if response.status().as_u16() == 409 {
             return Ok(());
         }
-        expect_success(&url, response).map(|_| ()).map_err(|error| self.explain_write(upload.id, error))
+        expect_success(&url, response).map(|_| ()).map_err(|error| explain_write(upload.id, error))
     }
 
     /// For each file, whether it goes to the storage of large files.
@@ -151,7 +151,7 @@ impl Hub {
         };
         let files = upload.files.iter().map(file).collect::<Result<Vec<_>>>()?;
         let answer = http::json(&url, self.http.post_json(&url, &json!({ "files": files }))?)
-            .map_err(|error| self.explain_write(upload.id, error))?;
+            .map_err(|error| explain_write(upload.id, error))?;
         let mode = |file: &UploadFile| {
             let modes = answer["files"].as_array()?;
             let mode = modes.iter().find(|mode| mode["path"] == file.path())?;
@@ -175,7 +175,7 @@ impl Hub {
             "operation": "upload", "transfers": ["basic", "multipart"], "objects": [object], "hash_algo": "sha256",
         });
         let response = self.http.post(&url, LFS, body.to_string().as_bytes())?;
-        let answer = http::json(&url, response).map_err(|error| self.explain_write(id, error))?;
+        let answer = http::json(&url, response).map_err(|error| explain_write(id, error))?;
         let object = &answer["objects"][0];
         if let Some(message) = object["error"]["message"].as_str() {
             return Err(Error::Repository {
@@ -190,7 +190,7 @@ impl Hub {
         let parts = headers.and_then(|headers| headers.get("chunk_size"));
         match parts.and_then(|size| size.as_str().map_or_else(|| size.as_u64(), |size| size.parse().ok())) {
             None => {
-                self.put(target, file, (0, size), (watch, sent))?;
+                put(target, file, (0, size), (watch, sent))?;
             }
             Some(0) => return Err(malformed(&url, "a chunk_size above 0", &answer)),
             Some(part) => {
@@ -206,7 +206,7 @@ impl Hub {
                 let mut etags = Vec::new();
                 for (i, (number, address)) in keys.into_iter().enumerate() {
                     let start = i as u64 * part;
-                    let etag = self.put(address, file, (start, part.min(size - start)), (watch, sent))?;
+                    let etag = put(address, file, (start, part.min(size - start)), (watch, sent))?;
                     etags.push(json!({ "partNumber": number, "etag": etag }));
                 }
                 let body = json!({ "oid": oid, "parts": etags }).to_string();
@@ -220,43 +220,42 @@ impl Hub {
         Ok(())
     }
 
-    /// Sends a part of a file to an address that is signed; returns the ETag.
-    fn put(
-        &self,
-        url: &str,
-        file: &UploadFile,
-        (start, length): (u64, u64),
-        (watch, sent): (Watch<'_>, &dyn Fn(u64)),
-    ) -> Result<String> {
-        let mut reader = file.reader()?;
-        reader.seek(SeekFrom::Start(start))?;
-        let limits = Limits { answer: Duration::from_secs(600), body: Duration::from_secs(600) };
-        let mut body = Counted { inner: reader.take(length), sent, stop: watch.stop };
-        let response = Http::new(None, limits).put(url, &mut body, length)?;
-        let etag = header(response.headers(), "etag").unwrap_or_default().to_owned();
-        expect_success(url, response)?;
-        Ok(etag)
-    }
-
     fn commit(&self, id: &RepoId, operations: &[Value]) -> Result<()> {
         let url = format!("{}/api/models/{}/commit/main", self.endpoint, id.name());
-        let lines: String = operations.iter().map(|operation| format!("{operation}\n")).collect();
+        let lines = operations.iter().map(|operation| format!("{operation}\n")).collect::<Vec<_>>().concat();
         let response = self.http.post(&url, "application/x-ndjson", lines.as_bytes())?;
-        http::json(&url, response).map(|_| ()).map_err(|error| self.explain_write(id, error))
+        http::json(&url, response).map(|_| ()).map_err(|error| explain_write(id, error))
     }
+}
 
-    fn explain_write(&self, id: &RepoId, error: Error) -> Error {
-        match error {
-            Error::Status { status: status @ (401 | 403), message, .. } => {
-                let why = format!(
-                    "the token in HF_TOKEN may not write there (status {status}: {message}); make one with write \
-                     permission for {}",
-                    id.name().split('/').next().unwrap_or_default()
-                );
-                Error::Repository { what: id.to_string(), why }
-            }
-            other => other,
+/// Sends a part of a file to an address that is signed; returns the ETag.
+fn put(
+    url: &str,
+    file: &UploadFile,
+    (start, length): (u64, u64),
+    (watch, sent): (Watch<'_>, &dyn Fn(u64)),
+) -> Result<String> {
+    let mut reader = file.reader()?;
+    reader.seek(SeekFrom::Start(start))?;
+    let limits = Limits { answer: Duration::from_mins(10), body: Duration::from_mins(10) };
+    let mut body = Counted { inner: reader.take(length), sent, stop: watch.stop };
+    let response = Http::new(None, limits).put(url, &mut body, length)?;
+    let etag = header(response.headers(), "etag").unwrap_or_default().to_owned();
+    expect_success(url, response)?;
+    Ok(etag)
+}
+
+fn explain_write(id: &RepoId, error: Error) -> Error {
+    match error {
+        Error::Status { status: status @ (401 | 403), message, .. } => {
+            let why = format!(
+                "the token in HF_TOKEN may not write there (status {status}: {message}); make one with write \
+                 permission for {}",
+                id.name().split('/').next().unwrap_or_default()
+            );
+            Error::Repository { what: id.to_string(), why }
         }
+        other => other,
     }
 }
 

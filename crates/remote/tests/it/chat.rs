@@ -137,7 +137,7 @@ fn a_server_that_asks_for_time_gets_it() {
 #[test]
 fn waiting_ends_when_it_is_to_stop() {
     let server = scripted(|_, _| HttpResponse::new(429, "").with("Retry-After", "60"));
-    let patient = Backoff { retries: 9, first: Duration::from_secs(60), most: Duration::from_secs(60) };
+    let patient = Backoff { retries: 9, first: Duration::from_mins(1), most: Duration::from_mins(1) };
     let (servers, stop) = (servers(&[&server], 1, patient), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| servers.complete(&body("x"), &stop));

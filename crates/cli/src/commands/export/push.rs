@@ -13,7 +13,7 @@ use crate::{env, hub};
 
 /// Where to.
 pub(super) fn repository(text: &str) -> Result<RepoId> {
-    let id = RepoId::parse(text).filter(|id| id.to_string() == id.name());
+    let id = RepoId::parse(text).filter(|id| text == id.name());
     id.with_context(|| format!("--push {text}: expected owner/name, a repository of the hub"))
 }
 
@@ -33,29 +33,45 @@ pub(super) fn push(id: &RepoId, private: bool, folder: &Path, card: &str) -> Res
 }
 
 /// The model card. Figures are those of the run's summary, if the exported checkpoint is the one that was measured.
-pub(super) fn card(id: &RepoId, recipe: &RecipeArgs, plan: &RunPlan, data: &Prepared, measured: bool) -> Result<String> {
-    let target = target(plan);
+pub(super) fn card(
+    id: &RepoId,
+    recipe: &RecipeArgs,
+    plan: &RunPlan,
+    data: &Prepared,
+    measured: bool,
+) -> Result<String> {
+    let target = hub::name(&plan.target.path);
     let summary = if measured { summary(plan) } else { Value::Null };
     let method = plan.method.name();
     let base = if target.contains('/') { format!("base_model: {target}\n") } else { String::new() };
-    let sources = plan.data.conversations.iter().filter_map(|source| source.path.file_name());
-    let sources: Vec<String> = sources.map(|name| name.to_string_lossy().into_owned()).collect();
+    let sources: Vec<String> = plan.data.conversations.iter().map(|source| hub::name(&source.path)).collect();
     let mut facts = vec![
         ("target", target.clone()),
         ("method", method.to_owned()),
-        ("conversations", format!("{}: {} rows, {} tokens", sources.join(", "), data.len(), data.report().tokens)),
+        (
+            "conversations",
+            format!("{}: {} rows, {} tokens", sources.join(", "), data.len(), data.report().tokens),
+        ),
     ];
     if let Some(steps) = summary["steps"].as_u64() {
         facts.push(("trained", format!("{steps} steps, {} tokens", summary["tokens"])));
     }
     if let Some(length) = summary["acceptance_length"].as_f64() {
         let eval = &plan.eval;
-        let how = format!("{} draft steps, top-k {}, temperature {}", eval.draft_steps, eval.topk, eval.temperature);
-        facts.push(("acceptance length", format!("{length:.2} ({how}; generated tokens per call of the target)")));
+        let how = format!(
+            "{} draft steps, top-k {}, temperature {}",
+            eval.draft_steps, eval.topk, eval.temperature
+        );
+        facts.push((
+            "acceptance length",
+            format!("{length:.2} ({how}; generated tokens per call of the target)"),
+        ));
     }
-    let facts: String = facts.into_iter().map(|(name, value)| format!("| {name} | {value} |\n")).collect();
+    let facts: Vec<String> =
+        facts.into_iter().map(|(name, value)| format!("| {name} | {value} |\n")).collect();
     let text = fs_err::read_to_string(&recipe.recipe)?;
-    let sets: String = recipe.sets.iter().map(|set| format!("# --set {set}\n")).collect();
+    let sets: Vec<String> = recipe.sets.iter().map(|set| format!("# --set {set}\n")).collect();
+    let (facts, sets) = (facts.concat(), sets.concat());
     let eval = &plan.eval;
     Ok(format!(
         "---\n{base}tags:\n- speculative-decoding\n- {method}\n- sglang\n---\n\n# {}\n\nA draft model for speculative \
@@ -71,12 +87,6 @@ pub(super) fn card(id: &RepoId, recipe: &RecipeArgs, plan: &RunPlan, data: &Prep
         env!("CARGO_PKG_VERSION"),
         text.trim_end(),
     ))
-}
-
-/// The target's name on the hub, if it came from there; else its folder's.
-fn target(plan: &RunPlan) -> String {
-    let folder = || plan.target.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Hub::of_snapshot(&plan.target.path).map_or_else(folder, |id| id.name().to_owned())
 }
 
 fn summary(plan: &RunPlan) -> Value {

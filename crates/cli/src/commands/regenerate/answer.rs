@@ -13,7 +13,7 @@ use specforge_remote::chat::Servers;
 use specforge_tensor::Device;
 
 use super::{Args, Reasoning};
-use crate::{machine, setup};
+use crate::{hub, machine, setup};
 
 /// One answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,16 +55,18 @@ pub(super) struct OverHttp {
 /// The target in this process.
 #[derive(Debug)]
 pub(super) struct InProcess {
+    name: String,
     target: Arc<Target>,
     tokenizer: Tokenizer,
     template: ChatTemplate,
 }
 
 impl Answerer {
+    /// What the model is called.
     pub(super) fn name(&self) -> &str {
         match self {
             Self::OverHttp(http) => &http.model,
-            Self::InProcess(_) => "the target in this process",
+            Self::InProcess(target) => &target.name,
         }
     }
 
@@ -153,7 +155,7 @@ impl InProcess {
     pub(super) fn open(plan: &RunPlan) -> Result<Self> {
         let tokenizer = Tokenizer::open(&plan.target.path)?;
         let template = ChatTemplate::open(&plan.target.path, tokenizer.special(), &plan.data.template)?;
-        Ok(Self { target: setup::target(plan)?, tokenizer, template })
+        Ok(Self { name: hub::name(&plan.target.path), target: setup::target(plan)?, tokenizer, template })
     }
 
     /// A GPU is busy with one; a core of a CPU with one each.

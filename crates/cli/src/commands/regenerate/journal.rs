@@ -48,7 +48,7 @@ pub(super) fn key(row: &Map<String, Value>, seen: &mut BTreeMap<[u8; 16], u32>) 
     let hash: [u8; 16] = blake3::hash(&json).as_bytes()[..16].try_into().expect("sixteen bytes");
     let count = seen.entry(hash).or_insert(0);
     *count += 1;
-    let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex = hash.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat();
     if *count == 1 { hex } else { format!("{hex}#{count}") }
 }
 

@@ -76,9 +76,9 @@ pub(super) fn all(
             let (send, queue, give_up) = (send.clone(), &queue, &give_up);
             scope.spawn(move || {
                 while let Some(task) = next(queue, give_up) {
-                    let result = task.and_then(|task| {
+                    let result = task.map(|task| {
                         let outcome = regenerate(args, answerer, (task.number, &task.row), give_up);
-                        Ok((task, outcome))
+                        (task, outcome)
                     });
                     if send.send(result).is_err() {
                         return;
@@ -90,7 +90,7 @@ pub(super) fn all(
         write(&receive, journal, &queue, (stop, &give_up))
     });
     let counts = queue.into_inner().unwrap_or_else(PoisonError::into_inner).counts;
-    let counts = merged(counts, written?);
+    let counts = merged(&counts, &written?);
     if stop.load(Ordering::Relaxed) {
         journal.sync()?;
         bail!(
@@ -153,7 +153,7 @@ fn write(
             Err(mpsc::RecvTimeoutError::Disconnected) => break,
         };
         let result = finished
-            .and_then(|(task, outcome)| note_down(journal, &mut counts, &mut failures, task, outcome));
+            .and_then(|(task, outcome)| note_down(journal, &mut counts, &mut failures, &task, outcome));
         if let Err(error) = result {
             give_up.store(true, Ordering::Relaxed);
             first_error.get_or_insert(error);
@@ -172,7 +172,7 @@ fn note_down(
     journal: &mut Journal,
     counts: &mut Counts,
     failures: &mut u64,
-    task: Task,
+    task: &Task,
     outcome: Result<Outcome, NoAnswer>,
 ) -> Result<()> {
     *failures = if matches!(outcome, Ok(Outcome::Failed(_))) { *failures + 1 } else { 0 };
@@ -206,7 +206,7 @@ fn note_down(
 }
 
 /// What the queue counted of rows that needed nothing, and what came of the others.
-fn merged(queue: Counts, written: Counts) -> Counts {
+fn merged(queue: &Counts, written: &Counts) -> Counts {
     Counts {
         rows: queue.rows,
         done: queue.done + written.done,

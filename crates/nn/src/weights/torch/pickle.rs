@@ -28,6 +28,9 @@ pub(super) enum Node {
     Tensor(Strided),
 }
 
+/// Some gigabyte of them.
+const MAX_VALUES: usize = 1 << 24;
+
 /// The names that a pickle may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Callable {
@@ -187,6 +190,9 @@ impl<'a> Machine<'a> {
     // The stack.
 
     fn push(&mut self, node: Node) -> Result<()> {
+        if self.nodes.len() == MAX_VALUES {
+            return Err(self.damaged("more values than a file of tensors can have"));
+        }
         self.stack.push(self.nodes.len());
         self.nodes.push(node);
         Ok(())
