@@ -89,7 +89,12 @@ impl Hub {
                     failure = if have > before { 1 } else { failure + 1 };
                     backoff::sleep(self.backoff.delay(failure, None, have), watch.stop)?;
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    if matches!(error, Error::Damaged { .. }) {
+                        fs_err::remove_file(&path)?;
+                    }
+                    return Err(error);
+                }
             }
         }
         file.file().set_len(remote.size)?;

@@ -171,6 +171,19 @@ fn wrong_content_is_found_and_thrown_away() {
         .filter(|name| name.ends_with(".incomplete"))
         .collect();
     assert!(blobs.is_empty(), "{blobs:?}");
+    // Less than announced.
+    let server = start(Box::new(|request| {
+        let all = weights();
+        let answer = if request.header("range").is_some() {
+            HttpResponse::new(416, "")
+        } else {
+            HttpResponse::new(200, &all[..70_000])
+        };
+        request.path.starts_with("/storage/").then_some(answer)
+    }));
+    let cache = tempdir();
+    let error = hub(server.url(), cache.path()).folder(&id(), watch()).unwrap_err().to_string();
+    assert!(error.contains("expected 300000 bytes, got 70000 bytes"), "{error}");
     // More than announced.
     let server = start(Box::new(|request| {
         let longer = [weights(), vec![0; 10]].concat();
