@@ -3,6 +3,9 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use specforge_remote::Backoff;
+use specforge_remote::hub::{ENDPOINT, HubSettings};
+
 /// Whether colour is unwanted (`NO_COLOR`, see no-color.org).
 #[expect(clippy::disallowed_methods, reason = "the environment is read here and nowhere else")]
 pub(crate) fn no_color() -> bool {
@@ -49,4 +52,33 @@ pub(crate) fn kernel_cache() -> Option<PathBuf> {
         variable("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).map(|cache| cache.join("specforge"))
     };
     own.or_else(user).map(|cache| cache.join("kernels"))
+}
+
+/// The key for servers of the OpenAI interface.
+pub(crate) fn openai_key() -> Option<String> {
+    variable("OPENAI_API_KEY").map(|key| key.to_string_lossy().into_owned())
+}
+
+/// What the variables of the Hugging Face hub say, all of them those of its own programs: `HF_ENDPOINT` (a mirror),
+/// `HF_HUB_CACHE` or `HF_HOME` (where the cache is), `HF_TOKEN` or the token that its programs keep, `HF_HUB_OFFLINE`.
+pub(crate) fn hub() -> HubSettings {
+    let text = |name: &str| variable(name).map(|value| value.to_string_lossy().trim().to_owned());
+    let user = variable("XDG_CACHE_HOME").map(PathBuf::from);
+    let user = user.or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    let home = variable("HF_HOME").map(PathBuf::from);
+    let home = home.unwrap_or_else(|| user.unwrap_or_else(|| PathBuf::from(".cache")).join("huggingface"));
+    let cache = ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"].into_iter().find_map(variable);
+    let kept = variable("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
+    let kept = || std::fs::read_to_string(kept).ok().map(|token| token.trim().to_owned());
+    let is_set = |name: &str| {
+        text(name)
+            .is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str()))
+    };
+    HubSettings {
+        endpoint: text("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned()),
+        cache: cache.map_or_else(|| home.join("hub"), PathBuf::from),
+        token: text("HF_TOKEN").or_else(kept).filter(|token| !token.is_empty()),
+        offline: is_set("HF_HUB_OFFLINE"),
+        backoff: Backoff::default(),
+    }
 }

@@ -3,10 +3,12 @@
 mod commands;
 mod env;
 mod gpu;
+mod hub;
 mod lock;
 mod machine;
 mod setup;
 mod show;
+mod warm_start;
 
 use std::process::ExitCode;
 
@@ -32,7 +34,9 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     Prepare(commands::prepare::Args),
+    Regenerate(commands::regenerate::Args),
     Capture(commands::capture::Args),
+    Import(commands::import::Args),
     Train(commands::train::Args),
     Eval(commands::eval::Args),
     Export(commands::export::Args),
@@ -52,7 +56,9 @@ fn main() -> ExitCode {
     gpu::configure();
     let run = || match args.command {
         Command::Prepare(args) => commands::prepare::run(&args),
+        Command::Regenerate(args) => commands::regenerate::run(&args),
         Command::Capture(args) => commands::capture::run(&args),
+        Command::Import(args) => commands::import::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Export(args) => commands::export::run(&args),

@@ -15,6 +15,7 @@ use specforge_tensor::{DType, Device, Params};
 use specforge_train::{Checkpoint, features};
 
 use crate::gpu;
+use crate::hub;
 use crate::machine::available_memory;
 use crate::show::{Progress, note};
 
@@ -31,10 +32,21 @@ pub(crate) struct RecipeArgs {
 impl RecipeArgs {
     /// Reads the recipe and resolves it, and sets the number of threads it asks for.
     pub(crate) fn plan(&self) -> Result<RunPlan> {
-        let mut plan = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?.plan;
+        let recipe = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?;
+        let mut plan = recipe.plan;
+        let written = recipe.config.target.path.unwrap_or_default();
+        plan.target.path = hub::folder(&written)?.unwrap_or(plan.target.path);
+        for (source, written) in plan.data.conversations.iter_mut().zip(&recipe.config.data.conversations) {
+            if let Some(folder) = hub::folder(&written.path)? {
+                source.path = folder;
+            }
+        }
+        if let Some(written) = recipe.config.train.warm_start {
+            plan.train.warm_start = hub::folder(&written)?.or(plan.train.warm_start);
+        }
         if !plan.target.path.is_dir() {
             bail!(
-                "{}: there is no such folder; target.path names the target's Hugging Face folder",
+                "{}: there is no such folder; target.path names the target's Hugging Face folder, or owner/name on the hub",
                 plan.target.path.display()
             );
         }

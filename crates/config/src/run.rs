@@ -97,7 +97,8 @@ pub enum DeviceChoice {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct TargetConfig {
-    /// The folder, required: `config.json`, `tokenizer.json` and safetensors.
+    /// The folder, required: `config.json`, `tokenizer.json` and safetensors. Where there is no such folder, a repository
+    /// of the Hugging Face hub, `owner/name` or `owner/name@revision`, which is downloaded into its usual cache.
     pub path: Option<PathBuf>,
     /// How its weights lie in memory.
     pub dtype: TargetDType,
@@ -132,8 +133,9 @@ pub enum TargetDType {
 pub struct DataConfig {
     /// JSONL or JSON files (plain, gzip or zstd), Parquet and Arrow files, at least one; the content says which, not the
     /// name. Also folders of such files, as the datasets library saves them (without the splits for testing where there is
-    /// one for training), patterns with `*`, `?` and `**`, and `{ path = "...", weight = 0.5 }`: a weight below 1 uses
-    /// that share of the rows, drawn by `seed` and content; one above 1 repeats rows.
+    /// one for training), `datasets/owner/name` on the Hugging Face hub, patterns with `*`, `?` and `**`, and
+    /// `{ path = "...", weight = 0.5 }`: a weight below 1 uses that share of the rows, drawn by `seed` and content; one
+    /// above 1 repeats rows.
     pub conversations: Vec<Source>,
     /// What the rows are.
     pub format: DataFormat,

@@ -42,7 +42,16 @@ pub(crate) struct RowError {
 /// Columns that hold the messages, in the order in which they are looked for.
 const MESSAGES: [&str; 4] = ["conversations", "messages", "conversation", "data"];
 /// Further columns of a row that are no template variables.
-const OWN_COLUMNS: [&str; 6] = ["id", "tools", "text", "input_ids", "loss_mask", "chat_template_kwargs"];
+const OWN_COLUMNS: [&str; 7] = [
+    "id",
+    "tools",
+    "text",
+    "input_ids",
+    "loss_mask",
+    "chat_template_kwargs",
+    // How `specforge regenerate` made the answers.
+    "regenerated",
+];
 
 impl Conversation {
     /// Whether a row holds messages; a column called `data` may hold anything.
@@ -143,7 +152,7 @@ impl Message {
     }
 
     /// Whether the turn is the model's.
-    pub(crate) fn is_assistant(&self) -> bool {
+    pub fn is_assistant(&self) -> bool {
         self.role.starts_with("assistant")
     }
 

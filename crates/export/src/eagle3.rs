@@ -11,6 +11,7 @@
 mod config;
 mod load;
 mod slots;
+mod speculators;
 
 use std::path::Path;
 
@@ -24,7 +25,7 @@ use crate::tensor::Tensor;
 use crate::{folder, json, safetensors};
 
 pub use config::Eagle3Config;
-pub use load::{Eagle3Folder, read_eagle3};
+pub use load::{Eagle3Folder, read_eagle3, read_eagle3_weights};
 
 pub(crate) use config::IDS;
 pub(crate) use load::{INDEX_FILE, SINGLE_FILE, open_weights, safetensors_names};

@@ -15,7 +15,10 @@ mod target;
 mod tensor;
 
 pub use check::{Problem, Report, Severity, check};
-pub use eagle3::{Eagle3Config, Eagle3Export, Eagle3Folder, WriteOptions, is_earlier_export, read_eagle3};
+pub use eagle3::{
+    Eagle3Config, Eagle3Export, Eagle3Folder, WriteOptions, is_earlier_export, read_eagle3,
+    read_eagle3_weights,
+};
 pub use error::{Error, Result};
 pub use json::to_json_text;
 pub use safetensors::write_safetensors;

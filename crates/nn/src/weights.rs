@@ -9,6 +9,7 @@ mod error;
 mod fingerprint;
 mod header;
 mod quantised;
+pub mod torch;
 mod view;
 
 #[cfg(test)]
@@ -44,22 +45,28 @@ struct Location {
 }
 
 impl Weights {
-    /// Opens a checkpoint folder, or one safetensors file.
+    /// Opens a checkpoint folder, or one file of safetensors or PyTorch.
     ///
     /// In a folder `model.safetensors` is taken if it exists, else the shards that
-    /// `model.safetensors.index.json` names (the order of Hugging Face transformers).
+    /// `model.safetensors.index.json` names (the order of Hugging Face transformers), else `pytorch_model.bin`.
+    /// Files of PyTorch are read as data, see [`torch`].
     /// Only headers are read; the tensors' bytes are mapped, not loaded.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if !fs_err::metadata(path)?.is_dir() {
-            return Self::open_file(path);
+            let torch = ["bin", "pt", "pth", "ckpt"].map(std::ffi::OsStr::new);
+            let is_torch = path.extension().is_some_and(|end| torch.contains(&end));
+            return if is_torch { Self::open_torch(path) } else { Self::open_file(path) };
         }
         let single = path.join(SINGLE);
         let index = path.join(INDEX);
+        let torch = path.join(TORCH);
         if single.exists() {
             Self::open_file(&single)
         } else if index.exists() {
             Self::open_sharded(path, &index)
+        } else if torch.exists() {
+            Self::open_torch(&torch)
         } else {
             Err(Error::no_weights(path))
         }
@@ -136,6 +143,33 @@ impl Weights {
         Ok(Self { files, tensors })
     }
 
+    /// A file of `torch.save`: a dictionary of tensors, or one that holds such a dictionary under a usual name.
+    fn open_torch(path: &Path) -> Result<Self> {
+        let file = torch::TorchFile::open(path)?;
+        let wrong = |why: String, hint| Error::Torch { path: path.to_path_buf(), why, hint };
+        let inner = STATE_DICTS.iter().find_map(|key| file.root().get(key).filter(|inner| inner.is_dict()));
+        let Some(entries) = inner.unwrap_or(file.root()).entries() else {
+            let why = format!("it holds {}, expected tensors by name", file.root().kind());
+            return Err(wrong(why, "save a model's state_dict()"));
+        };
+        let mut tensors = BTreeMap::new();
+        for (name, value) in entries {
+            let (Some(name), Some(tensor)) = (name.text(), value.tensor()) else {
+                let name = name.text().unwrap_or("a key that is no text");
+                let why = format!("{name} is {}, expected tensors by name", value.kind());
+                return Err(wrong(why, "save a model's state_dict()"));
+            };
+            let Some(range) = tensor.range() else {
+                let why = format!("tensor {name} does not lie in one piece");
+                return Err(wrong(why, "save it with .contiguous()"));
+            };
+            let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+            tensors.insert(name.to_owned(), Location { file: 0, dtype, shape, range });
+        }
+        let files = file.into_mapped().into_iter().collect();
+        Ok(Self { files, tensors })
+    }
+
     fn missing(&self, name: &str) -> Error {
         let nearest = self
             .names()
@@ -150,6 +184,9 @@ impl Weights {
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+const TORCH: &str = "pytorch_model.bin";
+/// Where files of trainers have a model's tensors.
+const STATE_DICTS: [&str; 3] = ["draft_state_dict", "state_dict", "model"];
 
 /// The part of `model.safetensors.index.json` that matters here.
 #[derive(Deserialize)]

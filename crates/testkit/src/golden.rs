@@ -15,8 +15,13 @@ use serde_json::Value;
 pub fn golden_dir() -> PathBuf {
     match std::env::var_os("SPECFORGE_GOLDEN") {
         Some(dir) if !dir.is_empty() => dir.into(),
-        _ => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden"),
+        _ => own_case(""),
     }
+}
+
+/// A case that the repository itself holds, whatever other cases tests run on.
+pub fn own_case(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name)
 }
 
 /// Where the end-to-end tests compute: `SPECFORGE_TEST_DEVICE` (`cuda` on a machine with a GPU), else `cpu`. What a test
@@ -119,7 +124,7 @@ mod tests {
     /// Cases for methods that are not there yet are reported, not ignored.
     #[test]
     fn golden_cases_that_no_test_reads_are_named() {
-        const READ: [&str; 9] = [
+        const READ: [&str; 10] = [
             "eagle3",
             "exports",
             "loss_mask",
@@ -128,6 +133,7 @@ mod tests {
             "rope_tables",
             "serving",
             "targets",
+            "torch",
             "vocab_mapping",
         ];
         let all = golden_cases("");

@@ -5,15 +5,21 @@
 
 mod compare;
 mod golden;
+mod http;
+mod hub;
 mod random;
 mod target;
 mod tensors;
+mod torch;
 
 pub use compare::{assert_close, assert_close_max};
-pub use golden::{announce_skip, case_json, golden_case, golden_cases, golden_dir, test_device};
+pub use golden::{announce_skip, case_json, golden_case, golden_cases, golden_dir, own_case, test_device};
+pub use http::{HttpRequest, HttpResponse, HttpServer};
+pub use hub::{COMMIT, Fault, TestHub, Uploads};
 pub use random::Lcg;
 pub use target::{CHATML, SmallTarget, TargetTensor, byte_level_tokenizer, tokenizer_config};
 pub use tensors::{Tensor, Tensors, Values};
+pub use torch::{TorchEntry, torch_archive, torch_file};
 
 /// A fresh folder that is removed when the returned guard is dropped.
 pub fn tempdir() -> tempfile::TempDir {

@@ -1,10 +1,12 @@
 //! Where features come from: what one row's features are, how rows make a batch, and the sources.
 
 mod cache;
+mod given;
 mod offline;
 mod online;
 
 pub use cache::Cache;
+pub use given::with_teacher;
 pub use offline::{Offline, record_features, schema};
 pub use online::{Online, append};
 

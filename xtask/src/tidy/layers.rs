@@ -4,12 +4,12 @@ use super::{Violation, crate_of, violation};
 
 /// From the bottom up; crates of one layer do not depend on each other.
 const LAYERS: [&[&str]; 9] = [
-    &["cuda"],
+    &["cuda", "remote"],
     &["tensor"],
     &["nn"],
     &["models", "data", "store"],
     &["methods"],
-    &["eval", "export"],
+    &["eval", "export", "import"],
     &["train"],
     &["config"],
     &["cli"],

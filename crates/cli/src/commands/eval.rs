@@ -11,6 +11,7 @@ use specforge_tensor::Params;
 use specforge_train::{Checkpoint, Checkpoints};
 
 use super::export;
+use crate::hub;
 use crate::setup::{self, RecipeArgs};
 use crate::show::{Progress, note, positions, print, rate, table};
 
@@ -23,7 +24,7 @@ use crate::show::{Progress, note, positions, print, rate, table};
 pub(crate) struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// An exported draft folder instead of a checkpoint of the run.
+    /// An exported draft, a folder or owner/name on the hub, instead of a checkpoint of the run.
     #[arg(long, value_name = "FOLDER", conflicts_with = "checkpoint")]
     draft: Option<PathBuf>,
     /// `best`, `latest`, or the folder of a checkpoint.
@@ -118,8 +119,9 @@ fn draft(
     target: &Target,
     frozen: &Frozen,
 ) -> Result<(Box<dyn DraftMethod>, Params)> {
-    if let Some(folder) = &args.draft {
-        return export::load(folder, plan, target.info(), frozen);
+    if let Some(written) = &args.draft {
+        let folder = hub::folder(written)?.unwrap_or_else(|| written.clone());
+        return export::load(&folder, plan, target.info(), frozen);
     }
     let checkpoint = checkpoint(plan, &args.checkpoint)?;
     let data = setup::prepared(plan)?;

@@ -1,5 +1,7 @@
 //! `specforge export`: a checkpoint as the folder that SGLang loads; and the check of any such folder.
 
+mod push;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -11,9 +13,10 @@ use specforge_export::{
 };
 use specforge_methods::{DraftMethod, Frozen, MethodConfig, VocabMap, eagle3};
 use specforge_models::{Capture, TargetInfo};
-use specforge_tensor::{Device, Params, Tensor};
+use specforge_tensor::{Params, Tensor};
 
 use super::eval::checkpoint;
+use crate::hub;
 use crate::setup::{self, RecipeArgs};
 use crate::show::{note, print};
 
@@ -23,6 +26,7 @@ use crate::show::{note, print};
 /// With --check, any EAGLE3 folder is verified against what the serving side reads: names, shapes, dtypes, vocabulary
 /// maps, configuration. A folder made by other programs may be checked too.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent flags of the command line")]
 pub(crate) struct Args {
     /// The recipe whose run is exported.
     #[arg(required_unless_present = "check")]
@@ -42,6 +46,13 @@ pub(crate) struct Args {
     /// Replace whatever is in the output folder.
     #[arg(long)]
     overwrite: bool,
+    /// Upload the folder to this repository (owner/name) of the Hugging Face hub, with a model card that holds the recipe;
+    /// needs HF_TOKEN.
+    #[arg(long, value_name = "REPOSITORY", conflicts_with = "check")]
+    push: Option<String>,
+    /// With --push: a repository that is made is private.
+    #[arg(long, requires = "push")]
+    private: bool,
     /// Verify this folder instead of writing one.
     #[arg(long, value_name = "FOLDER")]
     check: Option<PathBuf>,
@@ -69,11 +80,18 @@ impl Options {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if let Some(folder) = &args.check {
-        return run_check(folder, args.target.as_deref(), args.json);
+    if let Some(written) = &args.check {
+        let folder = hub::folder(written)?.unwrap_or_else(|| written.clone());
+        let target = match &args.target {
+            Some(written) => Some(hub::folder(written)?.unwrap_or_else(|| written.clone())),
+            None => None,
+        };
+        return run_check(&folder, target.as_deref(), args.json);
     }
+    let id = args.push.as_deref().map(push::repository).transpose()?;
     let recipe = args.recipe.clone().context("expected a recipe, or --check FOLDER")?;
-    let plan = RecipeArgs { recipe, sets: args.sets.clone() }.plan()?;
+    let recipe = RecipeArgs { recipe, sets: args.sets.clone() };
+    let plan = recipe.plan()?;
     let info = TargetInfo::read(&plan.target.path)?;
     let data = setup::prepared(&plan)?;
     let (method, mut params) = setup::draft(&plan, &info, &setup::frozen(&plan, &info)?, &data)?;
@@ -82,7 +100,25 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     options.write.with_embeddings |= args.embeddings;
     options.path = args.output.clone().unwrap_or(options.path);
     let folder = write(&plan, &info, method.as_ref(), &params, &options)?;
-    if args.json { print(json!({ "export_dir": folder })) } else { print(folder.display()) }
+    let url = match id {
+        Some(id) => Some(push::push(
+            &id,
+            args.private,
+            &folder,
+            &push::card(&id, &recipe, &plan, &data, best_of(args))?,
+        )?),
+        None => None,
+    };
+    if args.json {
+        return print(json!({ "export_dir": folder, "url": url }));
+    }
+    print(folder.display())?;
+    url.map_or(Ok(()), print)
+}
+
+/// Whether the exported checkpoint is the one that the run's summary is about.
+fn best_of(args: &Args) -> bool {
+    args.checkpoint == "best"
 }
 
 fn run_check(folder: &Path, target: Option<&Path>, as_json: bool) -> Result<()> {
@@ -159,6 +195,13 @@ pub(crate) fn load(
     frozen: &Frozen,
 ) -> Result<(Box<dyn DraftMethod>, Params)> {
     let read = read_eagle3(folder)?;
+    if read.norms_before_residual() {
+        bail!(
+            "{}: config.json says norm_before_residual, which neither this program nor SGLang computes; the folder can only \
+             be trained on (train.warm-start)",
+            folder.display()
+        );
+    }
     let dims = eagle3::Dims::from_json(&read.config_json)
         .with_context(|| format!("{}/config.json", folder.display()))?;
     let capture = match read.config.capture_layers.clone() {
@@ -199,38 +242,4 @@ pub(crate) fn load(
     let method = eagle3::Eagle3::over(config, dims, capture, frozen, vocab, &params)?;
     note!("draft     {}", folder.display());
     Ok((Box::new(method), params))
-}
-
-/// Replaces fresh weights by those of a draft folder. Its draft vocabulary must be the run's.
-pub(crate) fn warm_start(folder: &Path, method: &dyn DraftMethod, params: &mut Params) -> Result<()> {
-    let read = read_eagle3(folder)?;
-    if let Some(d2t) = read.tensors.get("d2t") {
-        let ours: Vec<u8> = method.vocab().d2t().iter().flat_map(|offset| offset.to_le_bytes()).collect();
-        if *d2t.bytes != *ours {
-            bail!(
-                "{}: its draft vocabulary (d2t) is not the one counted from this run's data; train with the same data or without warm-start",
-                folder.display()
-            );
-        }
-    }
-    let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
-    for id in ids {
-        let param = params.get_mut(id);
-        let shape = param.value.shape().to_vec();
-        let tensor = read
-            .tensors
-            .get(&param.name)
-            .with_context(|| format!("{}: {} is missing", folder.display(), param.name))?;
-        if tensor.shape != shape {
-            bail!(
-                "{}: {} has shape {:?}, this recipe's draft needs {shape:?}",
-                folder.display(),
-                param.name,
-                tensor.shape
-            );
-        }
-        param.value.assign(&Tensor::from_f32(Device::Cpu, tensor.to_f32(), &shape)?)?;
-    }
-    note!("warm      weights of {}", folder.display());
-    Ok(())
 }

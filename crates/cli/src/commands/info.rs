@@ -11,12 +11,12 @@ use specforge_store::{Reader, Report};
 use specforge_train::Checkpoint;
 
 use crate::show::{Progress, bytes, print, table};
-use crate::{gpu, machine};
+use crate::{gpu, hub, machine};
 
 /// Tell what a folder is: a target, a feature store, a checkpoint, a draft, a prepared set; without one, this machine.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The folder.
+    /// The folder, or owner/name on the hub.
     path: Option<PathBuf>,
     /// For a store: read every byte and name what is damaged.
     #[arg(long, requires = "path")]
@@ -33,11 +33,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.warm {
         gpu::warm()?;
     }
-    let mut facts = match &args.path {
+    let path = match &args.path {
+        Some(written) => Some(hub::folder(written)?.unwrap_or_else(|| written.clone())),
+        None => None,
+    };
+    let mut facts = match &path {
         None => this_machine(),
         Some(path) => of(path)?,
     };
-    let found = match (&args.path, args.verify) {
+    let found = match (&path, args.verify) {
         (Some(path), true) => Some((path, verify(path)?)),
         _ => None,
     };

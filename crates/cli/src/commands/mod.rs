@@ -4,6 +4,8 @@ pub(crate) mod bench;
 pub(crate) mod capture;
 pub(crate) mod eval;
 pub(crate) mod export;
+pub(crate) mod import;
 pub(crate) mod info;
 pub(crate) mod prepare;
+pub(crate) mod regenerate;
 pub(crate) mod train;

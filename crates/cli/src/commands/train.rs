@@ -27,6 +27,7 @@ use super::{eval, export};
 use crate::lock;
 use crate::setup::{self, RecipeArgs};
 use crate::show::{Progress, note, positions, print, rate, table};
+use crate::warm_start;
 
 /// Train a draft, measure its acceptance length by real decoding, and export the folder that SGLang loads.
 ///
@@ -263,7 +264,7 @@ impl Parts {
         };
         let (method, mut params) = setup::draft(plan, &info, &frozen, data)?;
         if let Some(folder) = &plan.train.warm_start {
-            export::warm_start(folder, method.as_ref(), &mut params)?;
+            warm_start::replace(folder, method.as_ref(), &mut params)?;
         }
         setup::expect_room(&info, data)?;
         let source = source(plan, &info, method.as_ref(), target.clone(), data)?;

@@ -30,7 +30,9 @@ pub struct TrainConfig {
     pub keep: usize,
     /// Continue from the newest checkpoint of the run's folder if there is one, as if `--resume` were given.
     pub auto_resume: bool,
-    /// Folder of a draft (checkpoint or export) whose weights the training starts from; absent: fresh weights.
+    /// Folder of a draft whose weights the training starts from: an export, a checkpoint, or what SpecForge, speculators
+    /// or the EAGLE authors write; or a repository of the hub, `owner/name`. Absent: fresh weights. The draft vocabulary
+    /// stays this run's; rows of the head go with their tokens.
     pub warm_start: Option<PathBuf>,
     /// The optimizer.
     pub optimizer: AdamWConfig,

@@ -407,7 +407,7 @@ fn unreadable_folders_are_problems_too() {
     fs_err::write(&weights, &bytes[..bytes.len() - 1]).unwrap();
     assert!(texts(&check(&out, None)).contains("the file is cut off, download it again"));
     fs_err::rename(&weights, out.join("pytorch_model.bin")).unwrap();
-    assert!(texts(&check(&out, None)).contains("convert the weights to safetensors first"));
+    assert!(texts(&check(&out, None)).contains("not a zip archive, as torch.save writes"));
     let report = check(&out, Some(&dir.path().join("no target")));
     assert!(texts(&report).starts_with("error: the target: "), "{}", texts(&report));
 }

@@ -32,6 +32,17 @@ pub enum Error {
         hint: &'static str,
     },
 
+    /// A file of PyTorch that is damaged, or that holds more than data.
+    #[error("{path}: {why}; {hint}")]
+    Torch {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+        /// What to do.
+        hint: &'static str,
+    },
+
     /// The file has more or fewer bytes than its header describes.
     #[error("{path}: {got} bytes, but its header describes {expected}; {}", size_hint(*expected, *got))]
     Size {

@@ -62,7 +62,7 @@ pub(super) fn open(path: &Path) -> Result<(MappedFile, BTreeMap<String, Entry>)>
     Ok((file, entries))
 }
 
-fn map(path: &Path) -> Result<MappedFile> {
+pub(super) fn map(path: &Path) -> Result<MappedFile> {
     let file = fs_err::File::open(path)?;
     if file.metadata()?.is_dir() {
         return Err(not_safetensors(path, "it is a folder".to_owned(), "give a file"));

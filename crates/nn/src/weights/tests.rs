@@ -217,8 +217,9 @@ fn a_folder_without_weights_says_what_it_has() {
     let dir = tempdir();
     let complain = || message(dir.path(), &Weights::open(dir.path()).unwrap_err());
     assert!(complain().contains("(is it the right folder, and is the download complete?)"), "{}", complain());
-    fs_err::write(dir.path().join("pytorch_model.bin"), "").unwrap();
-    assert!(complain().contains("it has pytorch_model.bin: convert the weights to safetensors first"));
+    fs_err::write(dir.path().join("model.gguf"), "").unwrap();
+    assert!(complain().contains("it has model.gguf: convert the weights to safetensors first"));
+    fs_err::remove_file(dir.path().join("model.gguf")).unwrap();
     fs_err::write(dir.path().join("lora.safetensors"), "").unwrap();
     assert!(complain().contains("it has lora.safetensors: give that file's path"));
     let absent = Weights::open(dir.path().join("nowhere")).unwrap_err();
