@@ -88,12 +88,8 @@ impl Columns {
 /// order that follows from their text.
 fn choices(row: &Map<String, Value>, question: &str, answer: &str) -> Option<(String, String)> {
     let column = |name: &str| row.get(name).and_then(Value::as_str);
-    let mut options = vec![
-        column("distractor1")?,
-        column("distractor2")?,
-        column("distractor3")?,
-        column("correct_answer")?,
-    ];
+    let mut options =
+        [column("distractor1")?, column("distractor2")?, column("distractor3")?, column("correct_answer")?];
     options.sort_by_key(|option| *blake3::hash(format!("{question}\n{option}").as_bytes()).as_bytes());
     let label = |index: usize| char::from(b'a' + index as u8);
     let correct = options.iter().position(|&option| option == answer)?;

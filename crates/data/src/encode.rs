@@ -39,6 +39,7 @@ pub(crate) struct EncodeOptions {
 }
 
 /// A row ready for training.
+#[expect(clippy::struct_excessive_bools, reason = "the report counts each of them")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct EncodedRow {
     pub(crate) ids: Vec<u32>,

@@ -91,7 +91,8 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for path in entries {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         // The datasets library keeps what `map` and `filter` made beside the rows.
-        if name.starts_with('.') || (name.starts_with("cache-") && name.ends_with(".arrow")) {
+        let cached = name.starts_with("cache-") && path.extension().is_some_and(|end| end == "arrow");
+        if cached || name.starts_with('.') {
             continue;
         }
         if path.is_dir() {

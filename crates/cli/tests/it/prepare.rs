@@ -8,9 +8,9 @@ use crate::world::{World, conversations, names};
 /// The folder of unfinished sets, and what it says is done.
 fn progress(world: &World) -> Option<Value> {
     let cache = fs_err::read_dir(world.path("runs/cache")).ok()?;
-    let mut names = cache.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
-    let work = names.find(|name| name.ends_with(".work"))?;
-    serde_json::from_slice(&fs_err::read(world.path(&format!("runs/cache/{work}/progress.json"))).ok()?).ok()
+    let mut paths = cache.map(|entry| entry.unwrap().path());
+    let work = paths.find(|path| path.extension().is_some_and(|end| end == "work"))?;
+    serde_json::from_slice(&fs_err::read(work.join("progress.json")).ok()?).ok()
 }
 
 fn set(world: &World, cache: &str) -> Vec<(String, Vec<u8>)> {

@@ -75,7 +75,8 @@ fn a_system_prompt_in_a_column_of_its_own() {
 fn choices_are_listed_in_an_order_of_their_own() {
     let fixture = Fixture::new();
     let row = |n: usize| json!({ "question": format!("q{n}"), "distractor1": "one", "distractor2": "two", "distractor3": "three", "correct_answer": "right", "support": if n == 0 { "" } else { "because" } });
-    let content: String = (0..20).map(|n| format!("{}\n", row(n))).collect();
+    let rows: Vec<String> = (0..20).map(|n| row(n).to_string()).collect();
+    let content = rows.join("\n");
     let set = quiet(&fixture.config("in.jsonl", content)).unwrap();
     let mut letters = std::collections::BTreeSet::new();
     for n in 0..20 {

@@ -54,8 +54,10 @@ fn stop(config: &PrepareConfig, at: usize) {
 
 fn work(config: &PrepareConfig) -> PathBuf {
     let names = names(&config.cache);
-    assert!(names.len() == 1 && names[0].ends_with(".work"), "{names:?}");
-    config.cache.join(&names[0])
+    let [name] = &names[..] else { panic!("{names:?}") };
+    let work = config.cache.join(name);
+    assert_eq!(work.extension().unwrap(), "work");
+    work
 }
 
 #[test]
