@@ -4,6 +4,8 @@
 //! meets a machine that only builds data ([`pickle`]), and that fails at the first instruction or name that would do
 //! more. Tensors stay in the mapped file: nothing is allocated by a size that the file claims.
 
+mod names;
+mod node;
 mod pickle;
 mod tensor;
 mod value;
@@ -18,7 +20,8 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::header::{self, MappedFile};
 use super::{Error, Result};
-use pickle::{Machine, Node};
+use node::Node;
+use pickle::Machine;
 
 pub use tensor::TorchTensor;
 pub use value::Value;
