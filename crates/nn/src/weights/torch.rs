@@ -1,7 +1,7 @@
 //! Files that `torch.save` wrote, read without running them: tensors, dictionaries, lists, numbers and texts.
 //!
 //! Such a file is a zip archive of one pickle and the bytes of each tensor's storage. A pickle is a program; here it
-//! meets a machine that only builds data ([`pickle`]), and that fails at the first instruction or name that would do
+//! meets a machine that only builds data, and that fails at the first instruction or name that would do
 //! more. Tensors stay in the mapped file: nothing is allocated by a size that the file claims.
 
 mod names;
