@@ -1,9 +1,11 @@
 //! Files that `torch.save` wrote, read without running them: tensors, dictionaries, lists, numbers and texts.
 //!
 //! Such a file is a zip archive of one pickle and the bytes of each tensor's storage. A pickle is a program; here it
-//! meets a machine that only builds data ([`pickle`]), and that fails at the first instruction or name that would do
+//! meets a machine that only builds data, and that fails at the first instruction or name that would do
 //! more. Tensors stay in the mapped file: nothing is allocated by a size that the file claims.
 
+mod names;
+mod node;
 mod pickle;
 mod tensor;
 mod value;
@@ -18,7 +20,8 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::header::{self, MappedFile};
 use super::{Error, Result};
-use pickle::{Machine, Node};
+use node::Node;
+use pickle::Machine;
 
 pub use tensor::TorchTensor;
 pub use value::Value;

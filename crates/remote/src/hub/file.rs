@@ -36,13 +36,14 @@ impl Hub {
         if response.status().is_redirection() && linked != [true, true] {
             let to = header(response.headers(), "location").unwrap_or_default();
             let to = if to.starts_with('/') { format!("{}{to}", self.endpoint) } else { to.to_owned() };
-            if to.starts_with(&self.endpoint) {
+            if to.starts_with(&format!("{}/", self.endpoint)) {
                 response = self.http.head(&to)?;
             }
         }
         let headers = response.headers().clone();
         let code = header(&headers, "x-error-code").map(str::to_owned);
-        if !response.status().is_redirection() {
+        let is_redirection = response.status().is_redirection();
+        if !is_redirection {
             expect_success(&url, response).map_err(|error| self.explain(id, error, code.as_deref()))?;
         }
         let etag = header(&headers, "x-linked-etag").or_else(|| header(&headers, "etag"));
@@ -52,7 +53,9 @@ impl Hub {
                 && etag.len() <= 128
                 && etag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
         };
-        let size = header(&headers, "x-linked-size").or_else(|| header(&headers, "content-length"));
+        // The length of a redirection is that of its own page.
+        let own_size = || (!is_redirection).then(|| header(&headers, "content-length")).flatten();
+        let size = header(&headers, "x-linked-size").or_else(own_size);
         let (Some(etag), Some(size)) = (etag.filter(legal), size.and_then(|size| size.parse().ok())) else {
             let why = "expected an ETag and a size; is HF_ENDPOINT a hub?".to_owned();
             return Err(Error::Malformed { url, why });
@@ -119,6 +122,11 @@ impl Hub {
         let headers = [("Accept-Encoding", "identity"), ("Range", range.as_str())];
         let headers = if *have > 0 { &headers[..] } else { &headers[..1] };
         let response = self.http.get(&remote.url, headers)?;
+        if response.status().as_u16() == 416 {
+            // There is nothing behind what came: the file is shorter than announced.
+            let (expected, got) = (format!("{} bytes", remote.size), format!("{have} bytes"));
+            return Err(Error::Damaged { file: remote.url.clone(), expected, got });
+        }
         let code = header(response.headers(), "x-error-code").map(str::to_owned);
         let response = expect_success(&remote.url, response)
             .map_err(|error| self.explain(id, error, code.as_deref()))?;

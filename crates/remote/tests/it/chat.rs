@@ -1,3 +1,5 @@
+//! Chat completions: faults of every kind, several servers, bounds, waiting.
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

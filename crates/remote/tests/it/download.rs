@@ -1,3 +1,5 @@
+//! Repositories into the cache: resumed, verified, refused.
+
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -1,3 +1,5 @@
+//! Folders up to the hub.
+
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

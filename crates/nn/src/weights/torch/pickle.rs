@@ -4,54 +4,16 @@
 //! and nothing here or above walks a structure that a hostile file made deep or circular.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::Path;
 
-use super::super::{Dtype, Error, Result};
+use super::super::{Error, Result};
+use super::names::{Callable, callable, name_of};
+use super::node::{Node, Storage};
 use super::tensor::Strided;
 use super::{Archive, torch};
 
-/// A value of a pickle; numbers are places in the list of all.
-#[derive(Debug, Clone)]
-pub(super) enum Node {
-    None,
-    Bool(bool),
-    Int(i64),
-    Float(f64),
-    Text(String),
-    Bytes(Vec<u8>),
-    Tuple(Vec<usize>),
-    List(Vec<usize>),
-    Dict(Vec<(usize, usize)>),
-    Callable(Callable),
-    Storage(Storage),
-    Tensor(Strided),
-}
-
 /// Some gigabyte of them.
 const MAX_VALUES: usize = 1 << 24;
-
-/// The names that a pickle may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Callable {
-    OrderedDict,
-    /// `torch.Size`, a tuple.
-    Size,
-    /// `torch._utils._rebuild_tensor_v2`.
-    Tensor,
-    /// `torch._utils._rebuild_parameter`.
-    Parameter,
-    /// A class of storages, of this element type.
-    StorageOf(Dtype),
-}
-
-/// The bytes of one or more tensors.
-#[derive(Debug, Clone)]
-pub(super) struct Storage {
-    dtype: Dtype,
-    /// Bytes of the whole file.
-    range: Range<usize>,
-}
 
 /// The state of one run.
 pub(super) struct Machine<'a> {
@@ -288,18 +250,10 @@ impl<'a> Machine<'a> {
     }
 
     fn global(&mut self, module: &str, name: &str) -> Result<()> {
-        let callable = match (module, name) {
-            ("collections", "OrderedDict") => Callable::OrderedDict,
-            ("torch", "Size") => Callable::Size,
-            ("torch._utils", "_rebuild_tensor_v2") => Callable::Tensor,
-            ("torch._utils", "_rebuild_parameter") => Callable::Parameter,
-            ("torch", storage) => match dtype_of(storage) {
-                Some(dtype) => Callable::StorageOf(dtype),
-                None => return Err(self.refuse(&format!("the name {module}.{name}"))),
-            },
-            _ => return Err(self.refuse(&format!("the name {module}.{name}"))),
-        };
-        self.push(Node::Callable(callable))
+        match callable(module, name) {
+            Some(callable) => self.push(Node::Callable(callable)),
+            None => Err(self.refuse(&format!("the name {module}.{name}"))),
+        }
     }
 
     /// `('storage', class, key, device, elements)`: an entry of the archive.
@@ -420,42 +374,4 @@ impl<'a> Machine<'a> {
             "save only those, from a source you trust: torch.save({name: tensor, ...}, FILE)",
         )
     }
-}
-
-fn dtype_of(storage: &str) -> Option<Dtype> {
-    Some(match storage {
-        "DoubleStorage" => Dtype::F64,
-        "FloatStorage" => Dtype::F32,
-        "HalfStorage" => Dtype::F16,
-        "BFloat16Storage" => Dtype::BF16,
-        "LongStorage" => Dtype::I64,
-        "IntStorage" => Dtype::I32,
-        "ShortStorage" => Dtype::I16,
-        "CharStorage" => Dtype::I8,
-        "ByteStorage" => Dtype::U8,
-        "BoolStorage" => Dtype::Bool,
-        _ => return None,
-    })
-}
-
-/// Instructions that make objects or run code, by the names of Python's `pickletools`.
-fn name_of(opcode: u8) -> String {
-    let name = match opcode {
-        0x81 => "NEWOBJ",
-        0x92 => "NEWOBJ_EX",
-        b'i' => "INST",
-        b'o' => "OBJ",
-        b'P' => "PERSID",
-        0x82..=0x84 => "EXT",
-        0x8f => "EMPTY_SET",
-        0x90 => "ADDITEMS",
-        0x91 => "FROZENSET",
-        0x96 => "BYTEARRAY8",
-        0x97 => "NEXT_BUFFER",
-        b'2' => "DUP",
-        b'0' => "POP",
-        b'1' => "POP_MARK",
-        _ => "",
-    };
-    if name.is_empty() { format!("0x{opcode:02x}") } else { name.to_owned() }
 }

@@ -1,7 +1,7 @@
 //! What was saved, seen from outside.
 
 use super::TorchFile;
-use super::pickle::Node;
+use super::node::Node;
 use super::tensor::TorchTensor;
 
 /// One value of a file; cheap to copy.
