@@ -27,6 +27,7 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Plan(commands::plan::Args),
     Prepare(commands::prepare::Args),
     Capture(commands::capture::Args),
     Train(commands::train::Args),
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
     };
     gpu::configure();
     let run = || match args.command {
+        Command::Plan(args) => commands::plan::run(&args),
         Command::Prepare(args) => commands::prepare::run(&args),
         Command::Capture(args) => commands::capture::run(&args),
         Command::Train(args) => commands::train::run(&args),

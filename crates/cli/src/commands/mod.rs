@@ -5,5 +5,6 @@ pub(crate) mod capture;
 pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod info;
+pub(crate) mod plan;
 pub(crate) mod prepare;
 pub(crate) mod train;
