@@ -3,6 +3,8 @@
 mod commands;
 mod env;
 mod gpu;
+#[cfg(test)]
+mod heap;
 mod lock;
 mod machine;
 mod setup;

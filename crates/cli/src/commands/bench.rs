@@ -10,7 +10,7 @@ mod gemm;
 mod loss;
 pub(super) mod preset;
 mod step;
-mod subject;
+pub(super) mod subject;
 
 use anyhow::Result;
 use clap::{Subcommand, ValueEnum};

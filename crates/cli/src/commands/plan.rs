@@ -1,8 +1,8 @@
 //! `specforge plan`: what a recipe costs before it runs: memory, disk, time, and traffic between ranks.
 
 mod card;
-mod ledger;
 mod layout;
+mod ledger;
 mod memory;
 mod project;
 mod report;
@@ -164,7 +164,9 @@ fn card(args: &Args, plan: &RunPlan) -> Result<(Device, Card)> {
     let (name, memory) = (&gpu.properties().name, given.unwrap_or(gpu.properties().memory as u64));
     let card = Card::of_device(name, memory).with_context(|| {
         let known = CARDS.map(|card| card.name).join(", ");
-        format!("no rates are known of {name}: name a card that is like it with --card ({known}) and --memory")
+        format!(
+            "no rates are known of {name}: name a card that is like it with --card ({known}) and --memory"
+        )
     })?;
     Ok((device, card))
 }

@@ -115,7 +115,12 @@ impl Rows {
 }
 
 impl Sizes {
-    pub(in crate::commands) fn of(info: &TargetInfo, draft_vocab: usize, steps: usize, with_target: bool) -> Self {
+    pub(in crate::commands) fn of(
+        info: &TargetInfo,
+        draft_vocab: usize,
+        steps: usize,
+        with_target: bool,
+    ) -> Self {
         Self {
             h: info.hidden_size as f64,
             q: (info.n_heads * info.head_dim) as f64,
@@ -200,8 +205,8 @@ pub(in crate::commands) fn specforge(s: &Sizes, rows: &Rows) -> Work {
 
 #[cfg(test)]
 mod tests {
-    use super::super::preset::{Preset, Tokens};
     use super::super::data::Data;
+    use super::super::preset::{Preset, Tokens};
     use super::{Rows, Sizes, ours, specforge};
 
     #[test]

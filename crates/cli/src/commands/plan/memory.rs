@@ -6,9 +6,10 @@ use specforge_methods::eagle3::Dims;
 use specforge_models::TargetInfo;
 use specforge_tensor::Device;
 
-use super::ledger::{Held, Kind, Ledger, Piece};
 use super::layout::Layout;
+use super::ledger::{Held, Kind, Ledger, Piece};
 use crate::commands::bench::flops::Rows;
+use crate::machine;
 
 /// Captured layers.
 const CAPTURED: u64 = 3;
@@ -17,6 +18,9 @@ const CUDA_CHUNK: u64 = 256 << 20;
 const CPU_CHUNK: u64 = 16 << 20;
 /// The MLP of a target goes in chunks of so many bytes of gate and up.
 const MLP_CHUNK: u64 = 1 << 30;
+
+/// What a CPU thread keeps for packing matrices, by the size of its second cache.
+const PACKING: u64 = 5 << 19;
 
 /// How a device stores things.
 #[derive(Debug, Clone, Copy)]
@@ -27,14 +31,16 @@ pub(super) struct Storage {
     pub(super) feature: u64,
     /// Bytes of the logits of one chunk.
     chunk: u64,
+    /// Whether everything lies in the host's memory.
+    on_host: bool,
 }
 
 impl Storage {
     /// The device's own, with captured states of `feature` bytes.
     pub(super) fn of(device: Device, feature: u64) -> Self {
         match device {
-            Device::Cpu => Self { element: 4, feature, chunk: CPU_CHUNK },
-            _ => Self { element: 2, feature, chunk: CUDA_CHUNK },
+            Device::Cpu => Self { element: 4, feature, chunk: CPU_CHUNK, on_host: true },
+            _ => Self { element: 2, feature, chunk: CUDA_CHUNK, on_host: false },
         }
     }
 }
@@ -81,7 +87,8 @@ struct Step {
 /// Parameters of the draft that one rank holds: split over the tensor-parallel ranks, and not.
 pub(super) fn parameters(dims: &Dims, tensor: u64) -> u64 {
     let size = |shape: &[usize]| shape.iter().map(|&n| n as u64).product::<u64>();
-    let shared = |name: &str, shape: &[usize]| name == "embed_tokens.weight" && shape[1] == dims.target_hidden_size;
+    let shared =
+        |name: &str, shape: &[usize]| name == "embed_tokens.weight" && shape[1] == dims.target_hidden_size;
     let of = |(name, shape): (String, Vec<usize>)| match name.as_str() {
         _ if shared(&name, &shape) => 0,
         _ if name.contains("self_attn") || name.contains("mlp") || name.starts_with("lm_head") => {
@@ -169,6 +176,8 @@ fn standing(case: &Case<'_>, ledger: &mut Ledger) {
     ledger.keep(
         Kind::Target,
         match case.frozen {
+            // The embedding stays on the host.
+            Frozen::Rows if case.storage.on_host => e * case.target.vocab_size as u64 * ht,
             Frozen::Rows => 0,
             Frozen::Whole { matrix, table } => matrix * matrices + table * tables,
         },
@@ -179,6 +188,9 @@ fn standing(case: &Case<'_>, ledger: &mut Ledger) {
 fn features(case: &Case<'_>, s: &Step, ledger: &mut Ledger) {
     let width = (CAPTURED + 1) * case.target.hidden_size as u64;
     ledger.keep(Kind::Features, (1 + case.ahead) * s.t * width * case.storage.feature);
+    if case.storage.on_host {
+        ledger.keep(Kind::Buffers, PACKING * machine::threads() as u64);
+    }
     if !case.target_beside {
         return;
     }
@@ -287,7 +299,7 @@ fn backward(case: &Case<'_>, s: &Step, kept: Kept, ledger: &mut Ledger) {
         if first {
             ledger.keep(Kind::Gradients, gradient(case, s.h * s.q));
         }
-        attention_backward(s, i, first, &mut d_projected, step.attention, ledger);
+        attention_backward(case, s, i, first, &mut d_projected, step.attention, ledger);
         // Through rotation and projections.
         if first {
             ledger.keep(A, s.t * s.qkv() * 4);
@@ -338,6 +350,7 @@ fn mlp_backward(
 
 /// The attention of step `i`: gradients of its queries, of all step-0 keys, and of its own keys of every step.
 fn attention_backward(
+    case: &Case<'_>,
     s: &Step,
     i: usize,
     first: bool,
@@ -349,7 +362,7 @@ fn attention_backward(
     let d_out = ledger.take(A, s.live(s.q));
     let dq = ledger.take(A, s.live(s.q));
     let d_base = ledger.take(A, s.all(2 * s.kv));
-    let scratch = ledger.take(Kind::Buffers, s.l * s.heads * 4 * (2 + i.max(1) as u64));
+    let scratch = ledger.take(Kind::Buffers, attention_scratch(case, s, i as u64));
     let d_extras: Vec<Piece> = (0..i).map(|_| ledger.take(A, s.live(2 * s.kv))).collect();
     for (j, d) in d_projected.iter_mut().enumerate().take(i + 1) {
         if d.is_none() && (j > 0 || i == 0) {
@@ -362,6 +375,16 @@ fn attention_backward(
     ledger.give_all(d_extras.into_iter().chain(attention).chain([dq, d_base, scratch, d_out]));
 }
 
+/// What the kernels of an attention's backward take beside their results.
+fn attention_scratch(case: &Case<'_>, s: &Step, i: u64) -> u64 {
+    if !case.storage.on_host {
+        return s.l * s.heads * 4 * (2 + i.max(1));
+    }
+    // Columns that are read, as matrices of their own; then each head's part of every gradient.
+    let read = s.live(s.q + 2 * s.kv * i) + s.all(2 * s.kv);
+    read + s.live(s.q + 2 * s.q * i) + s.all(2 * s.kv)
+}
+
 #[cfg(test)]
 mod tests {
     use specforge_methods::eagle3::Config;
@@ -370,6 +393,8 @@ mod tests {
     use super::*;
     use crate::commands::bench::data::Data;
     use crate::commands::bench::preset::Preset;
+    use crate::commands::bench::subject::{Source, Subject};
+    use crate::heap;
 
     /// `specforge bench step`: preset, documents and their tokens, live share, the target's bytes (online).
     type Line = (Preset, [usize; 2], f64, Option<[u64; 2]>, f64);
@@ -416,7 +441,33 @@ mod tests {
         ];
         for line in &lines {
             let got = bench(line, Device::Cuda(0)) / 1e9;
-            assert!((got / line.4 - 1.0).abs() < 0.1, "{:?} {:?}: {got:.2} GB, measured {}", line.0, line.1, line.4);
+            assert!(
+                (got / line.4 - 1.0).abs() < 0.1,
+                "{:?} {:?}: {got:.2} GB, measured {}",
+                line.0,
+                line.1,
+                line.4
+            );
+        }
+    }
+
+    /// The quick start's shapes on the CPU, against the heap that a step takes: offline, and with the target.
+    #[test]
+    fn the_counted_heap_of_the_quick_start() {
+        for online in [None, Some([4, 4])] {
+            let line = (Preset::Quickstart, [4, 128], 1.0, online, 0.0);
+            let (info, config) = (line.0.info().unwrap(), Config::default());
+            let source = if online.is_some() { Source::Target(None) } else { Source::Store };
+            let data = Data::draw("4x128".parse().unwrap(), 1.0, info.vocab_size);
+            let vocab = line.0.vocab(info.vocab_size).unwrap();
+            let (held, ()) = heap::peak_of(|| {
+                let mut subject = Subject::new((&info, vocab), &config, data, source, Device::Cpu).unwrap();
+                for _ in 0..2 {
+                    subject.step(&mut || Ok(())).unwrap().wait().unwrap();
+                }
+            });
+            let (got, held) = (bench(&line, Device::Cpu), held as f64);
+            assert!((got / held - 1.0).abs() < 0.1, "online {online:?}: {got} B, held {held} B");
         }
     }
 }

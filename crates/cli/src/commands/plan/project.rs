@@ -19,6 +19,8 @@ const DRIVER: u64 = 600 << 20;
 const PROGRAM: u64 = 64 << 20;
 /// The share of a step in which the backward runs and gradients can already be sent.
 const BACKWARD: f64 = 0.42;
+/// Seconds that a card takes at least for a micro-batch: some 500 kernels are launched.
+const LAUNCHES: f64 = 4e-3;
 /// Cards that the projections are for.
 const LARGER: [u64; 3] = [8, 64, 512];
 
@@ -59,12 +61,16 @@ pub(super) fn own(subject: &Subject) -> Result<Projection> {
     }
     let (needs, has) = (bytes(total(&held)), bytes(room));
     let what = format!(
-        "this recipe needs {needs} on each rank ({}), a {} has room for {has}",
+        "this recipe needs {needs} on each rank ({}), and {} has room for {has}",
         subject.layout, subject.card.name
     );
     match nearest(subject, room) {
-        Some((words, held)) => bail!("{what}; the nearest setting that fits: {words} ({})", bytes(total(&held))),
-        None => bail!("{what}, and no setting of the recipe fits there; take a smaller target or larger cards"),
+        Some((words, held)) => {
+            bail!("{what}; the nearest setting that fits: {words} ({})", bytes(total(&held)))
+        }
+        None => {
+            bail!("{what}, and no setting of the recipe fits there; take a smaller target or larger cards")
+        }
     }
 }
 
@@ -94,7 +100,8 @@ impl Setting {
         let (plan, own) = (&subject.plan, Self::of(subject));
         let mut words = Vec::new();
         if self.divisor > 1 {
-            words.push(format!("--set train.tokens-per-batch={}", plan.train.tokens_per_batch / self.divisor));
+            words
+                .push(format!("--set train.tokens-per-batch={}", plan.train.tokens_per_batch / self.divisor));
             words.push(format!("--set train.accumulation={}", plan.train.accumulation * self.divisor));
         }
         if self.dtype != own.dtype {
@@ -124,7 +131,9 @@ fn nearest(subject: &Subject, room: u64) -> Option<(String, Held)> {
     let portions = portions.filter(|divisor| subject.plan.train.tokens_per_batch / divisor >= longest);
     let mut all: Vec<Setting> = Vec::new();
     if own.layout.replicas() > 1 {
-        all.extend((own.layout.zero + 1..=3).map(|zero| Setting { layout: Layout { zero, ..own.layout }, ..own }));
+        all.extend(
+            (own.layout.zero + 1..=3).map(|zero| Setting { layout: Layout { zero, ..own.layout }, ..own }),
+        );
     }
     all.extend(portions.map(|divisor| Setting { divisor, ..own }));
     let smallest = all.iter().map(|s| s.divisor).max().unwrap_or(1);
@@ -135,7 +144,8 @@ fn nearest(subject: &Subject, room: u64) -> Option<(String, Held)> {
     }
     all.extend([Setting { mode, ..own }, Setting { mode, divisor: smallest, ..own }]);
     if subject.device != Device::Cpu {
-        let more = [2, 4, 8].into_iter().flat_map(|n| of_ranks(own.layout.ranks() * n, subject.links.per_node));
+        let more =
+            [2, 4, 8].into_iter().flat_map(|n| of_ranks(own.layout.ranks() * n, subject.links.per_node));
         all.extend(more.map(|layout| Setting { layout, divisor: smallest, ..own }));
     }
     all.into_iter().find_map(|setting| {
@@ -179,9 +189,15 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
     // The same micro-batches on every rank; a step has as many more as there are data-parallel ranks.
     let seconds_of_epoch = card.seconds(draft_work(subject, &epoch))
         + card.moving(dims, config.ttt_steps, &epoch, element)
-        + if online { card.seconds(target_work(subject, &epoch)) * fp8_factor(plan.target.dtype) } else { 0.0 };
-    let compute_seconds = seconds_of_epoch / steps_of_epoch / (layout.tensor * layout.sequence) as f64
-        + card.optimizer(dims, layout.tensor, layout.split_optimizer());
+        + if online {
+            card.seconds(target_work(subject, &epoch)) * fp8_factor(plan.target.dtype)
+        } else {
+            0.0
+        };
+    let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * accumulation as f64 };
+    let shared = seconds_of_epoch / steps_of_epoch / (layout.tensor * layout.sequence) as f64;
+    let compute_seconds =
+        shared.max(launches) + card.optimizer(dims, layout.tensor, layout.split_optimizer());
     let mut of_step = epoch.clone();
     of_step.shrink(1.0 / steps_of_epoch);
     let sizes = traffic::Sizes {
@@ -213,7 +229,10 @@ fn draft_work(subject: &Subject, rows: &Rows) -> flops::Work {
 }
 
 fn target_work(subject: &Subject, rows: &Rows) -> flops::Work {
-    flops::target(&Sizes::of(&subject.info, subject.dims.draft_vocab_size, subject.config.ttt_steps, true), rows)
+    flops::target(
+        &Sizes::of(&subject.info, subject.dims.draft_vocab_size, subject.config.ttt_steps, true),
+        rows,
+    )
 }
 
 /// How much less time a target in 8-bit floats takes: measured, 77.1 of 103.6 ms.

@@ -54,7 +54,8 @@ pub(super) struct Sizes<'a> {
 
 /// The traffic of one step.
 pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
-    let [data, tensor, sequence] = [data_bytes(s, layout), tensor_bytes(s, layout), sequence_bytes(s, layout)];
+    let [data, tensor, sequence] =
+        [data_bytes(s, layout), tensor_bytes(s, layout), sequence_bytes(s, layout)];
     // Ranks of a batch lie side by side: they leave the machine only if they are more than it has cards.
     let speed = |ranks: u64| if ranks <= links.per_node { links.link } else { links.network };
     let inner = layout.tensor * layout.sequence;
@@ -88,9 +89,8 @@ fn tensor_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
     let per_rank = |n: usize| n as f64 / layout.sequence as f64;
     // Two of every step forward, two backward; the gradient of the rows before the head.
     let draft = (4 * s.steps) as f64 * per_rank(s.rows.live) + per_rank(s.rows.loss);
-    let target = s.target.map_or(0.0, |t| {
-        2.0 * t.n_layers as f64 * per_rank(s.rows.tokens) * t.hidden_size as f64
-    });
+    let target =
+        s.target.map_or(0.0, |t| 2.0 * t.n_layers as f64 * per_rank(s.rows.tokens) * t.hidden_size as f64);
     all_reduce * s.element * (draft * h + target)
 }
 
