@@ -1,0 +1,6 @@
+//! Tests of groups and meshes as the crates above use them.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod collectives;
+mod mesh;
+mod threads;
