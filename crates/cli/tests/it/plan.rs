@@ -62,7 +62,7 @@ fn what_cannot_fit_is_refused_with_what_can() {
         (&["--gpus", "6", "--tensor", "4"][..], "no multiple of --tensor 4"),
         (&["--gpus", "3", "--tensor", "3"], "a divisor of the"),
         (&["--supervised", "0.5"], "--tokens"),
-        (&["--tokens", "-1"], "above 0"),
+        (&["--tokens", "0"], "above 0"),
         (&["--zero", "4"], "0..=3"),
         (&["--set", "target.path=nowhere"], "config.json is enough"),
     ] {
