@@ -19,6 +19,11 @@ impl Grads {
         self.by_param.get(id.0).and_then(Option::as_ref)
     }
 
+    /// The gradient of a parameter for changing it.
+    pub fn get_mut(&mut self, id: ParamId) -> Option<&mut Tensor> {
+        self.by_param.get_mut(id.0).and_then(Option::as_mut)
+    }
+
     /// Hands out the gradients of some parameters for adding to; zeros at first use.
     pub(crate) fn with<T>(
         &mut self,

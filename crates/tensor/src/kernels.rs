@@ -6,8 +6,9 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::Arc;
 
-use crate::{DType, Later, Result, Tensor};
+use crate::{DType, Group, Later, Result, Tensor};
 
 /// Head layout and scale of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -126,6 +127,8 @@ pub struct SoftTargets<'a> {
     pub log_acceptance: bool,
     /// Whether the gradient for the draft rows is wanted.
     pub wants_dx: bool,
+    /// Ranks that share both heads: each has as many of their rows as the others, in their order.
+    pub ranks: Option<&'a Arc<dyn Group>>,
 }
 
 /// What the loss gives for its R rows.
@@ -152,6 +155,8 @@ pub struct RowFigures {
 /// Best token and log-sum-exp of each row over a whole vocabulary.
 #[derive(Debug, Clone)]
 pub struct VocabStats {
+    /// The best token's logit, `f32 [R]`.
+    pub top: Tensor,
     /// `u32 [R]`.
     pub argmax: Tensor,
     /// `f32 [R]`.

@@ -29,6 +29,7 @@ mod later;
 mod ops;
 mod params;
 mod raw;
+mod split;
 mod tape;
 mod tensor;
 #[cfg(test)]
@@ -49,5 +50,6 @@ pub use ops::{
     Teacher, Weight,
 };
 pub use params::{Param, ParamId, Params};
+pub use split::Split;
 pub use tape::{Tape, Var};
 pub use tensor::{DType, Tensor};

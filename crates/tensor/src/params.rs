@@ -1,6 +1,6 @@
 //! Named parameters of one model, addressed by [`ParamId`] so that modules stay plain data.
 
-use crate::{Result, Tensor};
+use crate::{Result, Split, Tensor};
 
 /// A parameter's place in its [`Params`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,6 +15,8 @@ pub struct Param {
     pub value: Tensor,
     /// Whether gradients are computed for it.
     pub trainable: bool,
+    /// What of a larger tensor it is, where ranks share that; checkpoints have the whole.
+    pub split: Option<Split>,
 }
 
 /// The parameters of one model in declaration order.
@@ -33,7 +35,7 @@ impl Params {
 
     /// Declares a parameter.
     pub fn add(&mut self, name: impl Into<String>, value: Tensor, trainable: bool) -> ParamId {
-        self.entries.push(Param { name: name.into(), value, trainable });
+        self.entries.push(Param { name: name.into(), value, trainable, split: None });
         let id = ParamId(self.entries.len() - 1);
         self.stacks.push(vec![id]);
         id

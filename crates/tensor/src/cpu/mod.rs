@@ -192,7 +192,7 @@ impl Kernels for Cpu {
         targets: &SoftTargets<'_>,
         dhead: Option<(&mut Tensor, bool)>,
     ) -> Result<RowLoss> {
-        Ok(loss::soft_target_loss(x, head, targets, dhead))
+        loss::soft_target_loss(x, head, targets, dhead)
     }
     fn remainder(&self, param: &Tensor) -> Result<Option<Tensor>> {
         match param.dtype() {

@@ -7,7 +7,7 @@ use super::units::{LOSS, PLAIN};
 use super::{gemm, rows};
 use crate::kernels::{RowFigures, RowLoss, SoftTargets, TeacherRows, VocabStats};
 use crate::ops::teacher_chunks;
-use crate::{DType, Later, Result, Tensor};
+use crate::{DType, Error, Later, Result, Tensor};
 
 /// Bytes of the logits that exist at once. Few in this crate's tests, so that they cross chunks.
 const CHUNK: usize = if cfg!(test) { 1 << 18 } else { 256 << 20 };
@@ -118,7 +118,7 @@ impl Stats {
         let logsumexp = output(&self.top, DType::F32, &[n])?;
         let args = args![at(&logsumexp)?, at(&self.top)?, at(&self.sum)?, n as i32];
         run(gpu_of(&self.top), &LOSS, "vocab_stats_finish", [n.div_ceil(256), 1, 1], 256, args)?;
-        Ok(VocabStats { argmax: self.argmax, logsumexp })
+        Ok(VocabStats { top: self.top, argmax: self.argmax, logsumexp })
     }
 }
 
@@ -197,6 +197,10 @@ pub(super) fn soft_target_loss(
     targets: &SoftTargets<'_>,
     mut dhead: Option<(&mut Tensor, bool)>,
 ) -> Result<RowLoss> {
+    if targets.ranks.is_some() {
+        let why = "heads that ranks share; on a GPU give every rank the whole draft (parallel.tensor = 1)";
+        return Err(Error::Unsupported { op: "soft_target_loss", why: why.to_owned() });
+    }
     let (x, head) = (in_bf16(x)?, in_bf16(head)?);
     let ((n_rows, k), vocab) = (x.rows_cols(), head.rows_cols().0);
     let row_of = targets.teacher_row.u32s().expect("the loss's rows come from the host");
