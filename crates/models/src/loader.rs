@@ -1,10 +1,12 @@
 //! Declares a target's parameters under their checkpoint names and fills them from the mapped files.
 
+use std::borrow::Cow;
 use std::path::Path;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use specforge_nn::weights::{Dtype, View, Weights};
-use specforge_tensor::{DType, Device, ParamId, Params, Tensor, Weight};
+use specforge_tensor::{DType, Device, Group, ParamId, Params, Split, Tensor, Weight};
 
 use crate::pass::{Layer, Layers};
 use crate::{Error, Result};
@@ -32,6 +34,8 @@ pub(crate) struct Loader<'a> {
     /// What the weights of norms are stored minus.
     pub norm_offset: f32,
     pub prefix: String,
+    /// Ranks that share the matrices of layers, the embedding and the head (tensor parallel).
+    pub ranks: Option<&'a Arc<dyn Group>>,
 }
 
 impl Loader<'_> {
@@ -46,6 +50,7 @@ impl Loader<'_> {
             fp8: self.fp8,
             norm_offset: self.norm_offset,
             prefix: format!("{}{name}.", self.prefix),
+            ranks: self.ranks,
         }
     }
 
@@ -75,14 +80,68 @@ impl Loader<'_> {
         bias: bool,
         order: Option<&[usize]>,
     ) -> Result<Weight> {
-        let weight = self.tensor_in_order(&format!("{name}.weight"), &[n_out, n_in], order)?;
+        self.matrix(name, [n_out, n_in], bias, order, None)
+    }
+
+    /// A linear layer; where it is split by rows, so is its bias.
+    fn matrix(
+        &mut self,
+        name: &str,
+        shape: [usize; 2],
+        bias: bool,
+        order: Option<&[usize]>,
+        split: Option<Split>,
+    ) -> Result<Weight> {
+        let weight = self.tensor_in_order(&format!("{name}.weight"), &shape, order, split)?;
         if self.fp8 {
             let param = self.params.get_mut(weight);
             param.value = param.value.quantize_rows()?;
         }
-        let bias =
-            bias.then(|| self.tensor_in_order(&format!("{name}.bias"), &[n_out], order)).transpose()?;
+        let of_bias = split.filter(|split| split.rows);
+        let name = format!("{name}.bias");
+        let bias = bias.then(|| self.tensor_in_order(&name, &shape[..1], order, of_bias)).transpose()?;
         Ok(Weight::of(weight).with_bias(bias))
+    }
+
+    /// As [`Loader::linear`], of which ranks that share it have some outputs each, in whole pieces of `unit`: heads, or
+    /// single ones. Where there are fewer pieces than ranks, neighbouring ranks have the same.
+    pub(crate) fn outputs(
+        &mut self,
+        name: &str,
+        n_in: usize,
+        n_out: usize,
+        unit: usize,
+        bias: bool,
+    ) -> Result<Weight> {
+        let split = self.ranks.map(|ranks| Split::of(ranks, true, ranks.size().min(n_out / unit)));
+        Ok(self.matrix(name, [n_out, n_in], bias, None, split)?.sharing_outputs(self.ranks))
+    }
+
+    /// As [`Loader::stacked`], of which ranks that share it have some outputs each, as [`Loader::outputs`] has them.
+    pub(crate) fn stacked_outputs(
+        &mut self,
+        layers: &[(&str, usize)],
+        n_in: usize,
+        unit: usize,
+        bias: bool,
+    ) -> Result<Weight> {
+        let one = |(name, n_out): &(&str, usize)| self.outputs(name, n_in, *n_out, unit, bias);
+        let layers: Vec<Weight> = layers.iter().map(one).collect::<Result<_>>()?;
+        let together = Weight::stacked(&layers.iter().collect::<Vec<_>>());
+        self.params.stack(together.params())?;
+        Ok(together)
+    }
+
+    /// As [`Loader::linear`], of which ranks that share it have some inputs each: those that are outputs of a layer
+    /// before.
+    pub(crate) fn inputs(&mut self, name: &str, n_in: usize, n_out: usize, bias: bool) -> Result<Weight> {
+        let split = self.ranks.map(|ranks| Split::of(ranks, false, ranks.size()));
+        Ok(self.matrix(name, [n_out, n_in], bias, None, split)?.sharing_inputs(self.ranks))
+    }
+
+    /// What one rank has of `n` that ranks share.
+    pub(crate) fn own(&self, n: usize) -> usize {
+        n / self.ranks.map_or(1, |ranks| ranks.size())
     }
 
     /// Linear layers of these names and output widths over the same input of width `n_in`, as one.
@@ -122,20 +181,38 @@ impl Loader<'_> {
 
     /// A table, or any other tensor of a given shape, by its full name below the prefix.
     pub(crate) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<ParamId> {
-        self.tensor_in_order(name, shape, None)
+        self.tensor_in_order(name, shape, None, None)
     }
 
-    fn tensor_in_order(&mut self, name: &str, shape: &[usize], order: Option<&[usize]>) -> Result<ParamId> {
+    /// As [`Loader::tensor`], of which ranks that share it have some rows each.
+    pub(crate) fn table(&mut self, name: &str, shape: &[usize]) -> Result<ParamId> {
+        let split = self.ranks.map(|ranks| Split::of(ranks, true, ranks.size()));
+        self.tensor_in_order(name, shape, None, split)
+    }
+
+    fn tensor_in_order(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        order: Option<&[usize]>,
+        split: Option<Split>,
+    ) -> Result<ParamId> {
         let name = format!("{}{name}", self.prefix);
+        let own = split.map_or_else(|| shape.to_vec(), |split| piece_shape(shape, split));
         let tensor = match self.source {
             Source::Files(weights) => {
                 let view = weights.require(&name, shape)?;
                 let moved = order.map(|order| rows_in_order(&view, order));
-                self.convert(&name, &View { bytes: moved.as_deref().unwrap_or(view.bytes), ..view })?
+                let view = View { bytes: moved.as_deref().unwrap_or(view.bytes), ..view };
+                // Only this rank's piece is ever read.
+                let bytes = split.map_or(Cow::Borrowed(view.bytes), |split| piece(&view, split));
+                self.convert(&name, &View { bytes: &bytes, shape: &own, ..view })?
             }
-            Source::Random => self.draw(shape)?,
+            Source::Random => self.draw(&own)?,
         };
-        Ok(self.params.add(name, tensor, false))
+        let id = self.params.add(name, tensor, false);
+        self.params.get_mut(id).split = split;
+        Ok(id)
     }
 
     /// Values that keep a forward pass in a sane range: norms near 1, matrices that keep the size of what they multiply.
@@ -176,4 +253,26 @@ impl Loader<'_> {
 fn rows_in_order(view: &View<'_>, order: &[usize]) -> Vec<u8> {
     let row = view.bytes.len() / view.shape[0];
     order.iter().flat_map(|&from| view.bytes[from * row..][..row].iter().copied()).collect()
+}
+
+/// The shape of one piece.
+fn piece_shape(shape: &[usize], split: Split) -> Vec<usize> {
+    let mut shape = shape.to_vec();
+    let cut = if split.rows { shape.first_mut() } else { shape.last_mut() };
+    if let Some(n) = cut {
+        *n /= split.pieces;
+    }
+    shape
+}
+
+/// The bytes of one piece.
+fn piece<'a>(view: &View<'a>, split: Split) -> Cow<'a, [u8]> {
+    let n = view.bytes.len() / split.pieces;
+    if split.rows {
+        return Cow::Borrowed(&view.bytes[split.piece * n..][..n]);
+    }
+    let row = view.bytes.len() / view.shape[0];
+    let part = row / split.pieces;
+    let rows = view.bytes.chunks_exact(row);
+    Cow::Owned(rows.flat_map(|row| row[split.piece * part..][..part].iter().copied()).collect())
 }

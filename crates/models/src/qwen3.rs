@@ -53,10 +53,10 @@ impl Qwen3Layer {
         let bias = config.attention_bias;
         Ok(Self {
             input_layernorm: loader.norm("input_layernorm", h)?,
-            q_proj: loader.linear("self_attn.q_proj", h, q, bias)?,
-            k_proj: loader.linear("self_attn.k_proj", h, kv, bias)?,
-            v_proj: loader.linear("self_attn.v_proj", h, kv, bias)?,
-            o_proj: loader.linear("self_attn.o_proj", q, h, bias)?,
+            q_proj: loader.outputs("self_attn.q_proj", h, q, d, bias)?,
+            k_proj: loader.outputs("self_attn.k_proj", h, kv, d, bias)?,
+            v_proj: loader.outputs("self_attn.v_proj", h, kv, d, bias)?,
+            o_proj: loader.inputs("self_attn.o_proj", q, h, bias)?,
             q_norm: loader.norm("self_attn.q_norm", d)?,
             k_norm: loader.norm("self_attn.k_norm", d)?,
             post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,

@@ -7,3 +7,4 @@ mod batch;
 mod decode;
 mod folder;
 mod golden;
+mod parallel;
