@@ -263,6 +263,9 @@ pub trait Kernels: Debug + Sync {
         inputs: &AttentionInputs<'_>,
         out: [&Tensor; 3],
     ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)>;
+    /// One attention of two over different keys of the same queries: outputs `[R, n_heads * head_dim]` and log-sum-exps
+    /// `[R, n_heads]`, merged by the latter.
+    fn merge_attention(&self, a: &(Tensor, Tensor), b: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)>;
     /// `silu(gate) * up` of a packed `[R, 2 I]`: gate, then up.
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor>;
     /// Gradient of [`Kernels::swiglu`], packed like its input, and once more what it computed.

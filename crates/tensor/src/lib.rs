@@ -46,7 +46,7 @@ pub use kernels::{
 };
 pub use later::Later;
 pub use ops::{
-    Attention, Collected, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, Rope, SoftTargetLoss,
+    Attention, Collected, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, RingAttention, Rope, SoftTargetLoss,
     Teacher, Weight,
 };
 pub use params::{Param, ParamId, Params};

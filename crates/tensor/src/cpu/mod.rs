@@ -131,6 +131,9 @@ impl Kernels for Cpu {
     ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)> {
         Ok(attention_backward::backward(inputs, out))
     }
+    fn merge_attention(&self, a: &(Tensor, Tensor), b: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+        Ok(attention::merge(a, b))
+    }
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         Ok(swiglu::forward(gate_up))
     }

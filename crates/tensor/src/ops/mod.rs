@@ -5,6 +5,7 @@ mod linear;
 mod loss;
 mod mlp;
 mod norm;
+mod ranks;
 mod rope;
 mod rows;
 
@@ -12,6 +13,7 @@ pub use attention::{Attention, KeyValue};
 pub use linear::Weight;
 pub(crate) use loss::teacher_chunks;
 pub use loss::{GroupLoss, LossFigures, LossRows, Objective, SoftTargetLoss, Teacher};
+pub use ranks::RingAttention;
 pub use rope::{Part, Rope};
 pub use rows::Collected;
 
