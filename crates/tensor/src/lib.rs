@@ -46,8 +46,8 @@ pub use kernels::{
 };
 pub use later::Later;
 pub use ops::{
-    Attention, Collected, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, RingAttention, Rope, SoftTargetLoss,
-    Teacher, Weight,
+    Attention, Collected, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, RingAttention, Rope,
+    SoftTargetLoss, Teacher, Weight,
 };
 pub use params::{Param, ParamId, Params};
 pub use split::Split;
