@@ -25,7 +25,7 @@ use crate::kernels::{
     AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, Kernels, Rotation, RowLoss, SoftTargets,
     VocabStats,
 };
-use crate::{DType, Error, Later, Result, Tensor};
+use crate::{DType, Later, Result, Tensor};
 
 /// The operations of every CUDA device: tensors say which one.
 #[derive(Debug)]
@@ -104,9 +104,8 @@ impl Kernels for Cuda {
     ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)> {
         attention::backward(inputs, out)
     }
-    fn merge_attention(&self, _: &(Tensor, Tensor), _: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
-        let why = "partial results cannot be merged on a GPU; exchange heads for rows instead (Ulysses)";
-        Err(Error::Unsupported { op: "attention_ring", why: why.to_owned() })
+    fn merge_attention(&self, a: &(Tensor, Tensor), b: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+        rows::merge_attention(a, b)
     }
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         norm::swiglu(gate_up)
