@@ -1,9 +1,14 @@
-//! Many ranks: which rank is where in the mesh ([`Mesh`]), and how they reach each other ([`threads`]).
+//! Many ranks: which rank is where in the mesh ([`Mesh`]), how tensors are cut over ranks ([`Shards`]), and how ranks
+//! reach each other ([`threads`]).
 //!
 //! What can be asked of a group of ranks is [`specforge_tensor::Group`]; here are the implementations.
 
 mod host;
 mod mesh;
+mod say;
+mod shard;
 pub mod threads;
 
 pub use mesh::{Mesh, MeshShape, Place};
+pub use say::tell;
+pub use shard::{Level, Shards, sum};

@@ -3,4 +3,5 @@
 
 mod collectives;
 mod mesh;
+mod shard;
 mod threads;
