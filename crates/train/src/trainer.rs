@@ -17,9 +17,7 @@ use crate::saving::{Saving, Snapshot};
 use crate::step::{PendingStep, evaluate, step};
 use crate::tally::{Tally, from_first};
 use crate::window::Window;
-use crate::{
-    Checkpoint, Checkpoints, Error, FeatureSource, Figures, Optimizer, Order, Record, Result, State,
-};
+use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Optimizer, Order, Result, State};
 
 /// How a run goes, beyond its order of rows.
 #[derive(Debug, Clone)]

@@ -58,19 +58,21 @@ impl Saved {
     /// The elements of a tensor of all files together; `None` where one does not have it.
     fn elements(&self, name: &str) -> Option<(Vec<f32>, Vec<usize>)> {
         let views = self.files.iter().map(|file| file.get(name)).collect::<Option<Vec<_>>>()?;
-        let shape = if views.len() == 1 { views[0].shape.to_vec() } else { Vec::new() };
         if name.starts_with("step.") {
             return Some((views.first()?.to_f32(), vec![1]));
         }
-        Some((views.iter().flat_map(|view| view.to_f32()).collect(), shape))
+        let values: Vec<f32> = views.iter().flat_map(|view| view.to_f32()).collect();
+        let shape = if views.len() == 1 { views[0].shape.to_vec() } else { vec![values.len()] };
+        Some((values, shape))
     }
 
     /// A whole tensor, of this shape if its elements are as many.
     pub(crate) fn whole(&self, name: &str, shape: Option<&[usize]>) -> Option<Tensor> {
         let (values, saved) = self.elements(name)?;
-        let fits = |shape: &&[usize]| shape.iter().product::<usize>() == values.len();
-        let shape = shape.filter(|_| self.files.len() > 1).filter(fits).map_or(saved, <[usize]>::to_vec);
-        let shape = if shape.iter().product::<usize>() == values.len() { shape } else { vec![values.len()] };
+        // Pieces are flat; a tensor that was saved whole has to have the shape itself.
+        let is_flat = saved.len() == 1;
+        let fits = |shape: &&[usize]| is_flat && shape.iter().product::<usize>() == values.len();
+        let shape = shape.filter(fits).map_or(saved, <[usize]>::to_vec);
         Tensor::from_f32(Device::Cpu, values, &shape).ok()
     }
 
