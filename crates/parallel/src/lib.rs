@@ -4,6 +4,7 @@
 //! What can be asked of a group of ranks is [`specforge_tensor::Group`]; here are the implementations.
 
 mod host;
+pub mod launch;
 mod mesh;
 #[cfg(feature = "mpi")]
 pub mod mpi;
