@@ -3,6 +3,8 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use specforge_parallel::launch::{VARIABLES, Variables};
+
 /// Whether colour is unwanted (`NO_COLOR`, see no-color.org).
 #[expect(clippy::disallowed_methods, reason = "the environment is read here and nowhere else")]
 pub(crate) fn no_color() -> bool {
@@ -39,6 +41,12 @@ fn wheel_folders(prefix: &Path) -> Vec<PathBuf> {
     let packages =
         pythons.flat_map(|python| ["site-packages", "dist-packages"].map(|name| python.join(name)));
     packages.flat_map(|packages| inside(packages.join("nvidia"))).map(|package| package.join("lib")).collect()
+}
+
+/// What a launcher of several processes says of this one.
+pub(crate) fn launch() -> Variables {
+    let value = |name: &str| variable(name)?.into_string().ok();
+    VARIABLES.iter().filter_map(|name| Some(((*name).to_owned(), value(name)?))).collect()
 }
 
 /// Where compiled kernels are kept: `SPECFORGE_CACHE`, or `specforge` in the user's cache folder.

@@ -7,6 +7,7 @@ mod gpu;
 mod heap;
 mod lock;
 mod machine;
+mod ranks;
 mod setup;
 mod show;
 
@@ -59,7 +60,10 @@ fn main() -> ExitCode {
         Command::Info(args) => commands::info::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
     };
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+    let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+    // A failure is told by whoever has it.
+    show::quiet(false);
+    match ran {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {

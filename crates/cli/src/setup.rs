@@ -31,19 +31,29 @@ pub(crate) struct RecipeArgs {
 impl RecipeArgs {
     /// Reads the recipe and resolves it, and sets the number of threads it asks for.
     pub(crate) fn plan(&self) -> Result<RunPlan> {
-        let mut plan = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?.plan;
+        on_this_machine(self.read()?)
+    }
+
+    /// Reads the recipe and resolves it; the device is not chosen yet.
+    pub(crate) fn read(&self) -> Result<RunPlan> {
+        let plan = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?.plan;
         if !plan.target.path.is_dir() {
             bail!(
                 "{}: there is no such folder; target.path names the target's Hugging Face folder",
                 plan.target.path.display()
             );
         }
-        plan.device = gpu::choice(gpu::device(plan.device)?);
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads);
-        // A second pool in one process is only ever asked for by tests.
-        let _ = pool.build_global();
         Ok(plan)
     }
+}
+
+/// Chooses the device and sets the number of threads.
+pub(crate) fn on_this_machine(mut plan: RunPlan) -> Result<RunPlan> {
+    plan.device = gpu::choice(gpu::device(plan.device)?);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads);
+    // A second pool in one process is only ever asked for by tests.
+    let _ = pool.build_global();
+    Ok(plan)
 }
 
 impl RecipeArgs {

@@ -455,7 +455,7 @@ impl DraftMethod for Eagle3 {
         };
         let stats = tape.soft_target_loss_shared(&loss, self.ranks.tensor())?;
         // 4. Figures, when they are there.
-        let (weight, target_ids) = (plan.rows.total_weight, self.vocab.target_ids().to_vec());
+        let (weight, target_ids) = (plan.weight, self.vocab.target_ids().to_vec());
         let loss = stats.map(move |figures| report(&plan, &figures, &target_ids, &group_weight));
         Ok(PendingLoss { weight, loss })
     }

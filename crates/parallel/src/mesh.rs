@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use specforge_tensor::{Error, Group, Result};
+use specforge_tensor::{Device, Error, Group, Result};
 
 /// How many ranks there are along each dimension of the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +57,8 @@ pub struct Mesh {
     pub shape: MeshShape,
     /// Where this rank is.
     pub place: Place,
+    /// Where this rank computes.
+    pub device: Device,
     /// Everyone.
     pub world: Arc<dyn Group>,
     /// Those that train on other rows: replicas x shards. Losses and weights are summed over it.
@@ -73,7 +75,7 @@ pub struct Mesh {
 
 impl Mesh {
     /// Forms the groups; all ranks of `world` call this with the same shape.
-    pub fn new(world: Arc<dyn Group>, shape: MeshShape) -> Result<Self> {
+    pub fn new(world: Arc<dyn Group>, shape: MeshShape, device: Device) -> Result<Self> {
         let (rank, size) = (world.rank(), world.size());
         if shape.ranks() != size {
             let why = format!("the mesh {shape:?} has {} ranks, but there are {size}", shape.ranks());
@@ -86,6 +88,7 @@ impl Mesh {
         Ok(Self {
             shape,
             place,
+            device,
             data: world.split(sequence * n_tensor + tensor)?,
             shards: world.split((replica * n_sequence + sequence) * n_tensor + tensor)?,
             replicas: world.split((shard * n_sequence + sequence) * n_tensor + tensor)?,

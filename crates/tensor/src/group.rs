@@ -59,6 +59,15 @@ pub trait Group: Debug + Send + Sync {
     fn split(&self, colour: usize) -> Result<Arc<dyn Group>>;
 }
 
+/// The ranks over which the sums of an optimizer step go, besides this one.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Across<'a> {
+    /// Each of them has a part of the gradients: their squares add up to those of the whole.
+    pub squares: Option<&'a dyn Group>,
+    /// Each of them has a part of the weight that gradients are divided by.
+    pub weight: Option<&'a dyn Group>,
+}
+
 /// The shape of one of `size` equal pieces of a tensor, cut along its first dimension.
 pub fn pieces(op: &'static str, x: &Tensor, size: usize) -> Result<Vec<usize>> {
     match x.shape() {

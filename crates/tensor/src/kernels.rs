@@ -8,7 +8,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{DType, Group, Later, Result, Tensor};
+use crate::{Across, DType, Group, Later, Result, Tensor};
 
 /// Head layout and scale of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -176,7 +176,7 @@ pub struct AdamStep {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// What gradients, which are sums, are divided by.
+    /// What gradients, which are sums, are divided by; this rank's part of it.
     pub weight: f64,
     /// Gradients of a larger global norm are scaled down to it; 0: never.
     pub max_norm: f64,
@@ -316,8 +316,13 @@ pub trait Kernels: Debug + Sync {
     /// Parameter (of the storage type of `like`) and remainder of a master weight.
     fn split_master(&self, master: &Tensor, like: DType) -> Result<[Tensor; 2]>;
     /// One AdamW step of all these parameters. Returns the norm of the gradients after division by the weight and
-    /// before clipping; if it is not finite, nothing was changed.
-    fn adamw(&self, tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>>;
+    /// before clipping; if it is not finite, nothing was changed. Squares and weight are added up over the ranks given.
+    fn adamw(
+        &self,
+        tensors: &mut [AdamTensor<'_>],
+        step: &AdamStep,
+        across: &Across<'_>,
+    ) -> Result<Later<f64>>;
     /// Whether every element is a finite number.
     fn all_finite(&self, x: &Tensor) -> Result<Later<bool>>;
 }

@@ -39,7 +39,7 @@ pub use cuda::units;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use grads::Grads;
-pub use group::{Combine, Group, pieces};
+pub use group::{Across, Combine, Group, pieces};
 pub use kernels::{
     AdamStep, AdamTensor, AddedRows, AttentionInputs, AttentionShape, Columns, Extra, Kernels, Rotation,
     RowFigures, RowLoss, SoftTargets, Spans, TeacherRows, VocabStats,

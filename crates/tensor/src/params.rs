@@ -88,6 +88,26 @@ impl Params {
         self.entries.iter_mut().enumerate().map(|(i, p)| (ParamId(i), p))
     }
 
+    /// Gives the memory of these parameters' values back; until [`Params::fill`], they have no elements.
+    pub fn release(&mut self, ids: &[ParamId]) -> Result<()> {
+        for id in ids {
+            let value = &mut self.entries[id.0].value;
+            *value = value.zeros_like(&[0])?;
+        }
+        Ok(())
+    }
+
+    /// Values for parameters that were released; stacks lie together again.
+    pub fn fill(&mut self, values: Vec<(ParamId, Tensor)>) -> Result<()> {
+        for (id, value) in values {
+            self.entries[id.0].value = value;
+        }
+        let first =
+            |(i, stack): (usize, &Vec<ParamId>)| (stack[0].0 == i && stack.len() > 1).then(|| stack.clone());
+        let stacks: Vec<_> = self.stacks.iter().enumerate().filter_map(first).collect();
+        stacks.iter().try_for_each(|stack| self.stack(stack))
+    }
+
     /// The number of parameters (tensors, not elements).
     pub fn len(&self) -> usize {
         self.entries.len()

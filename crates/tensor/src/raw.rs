@@ -40,6 +40,14 @@ impl Tensor {
         }
     }
 
+    /// The same elements in storage of their own.
+    pub fn copied(&self) -> Result<Self> {
+        match self.stored() {
+            Some(stored) => Ok(Self::from_stored(self.device(), stored.copied()?, self.shape())),
+            None => Self::from_host(self.device(), self.buffer().clone(), self.shape()),
+        }
+    }
+
     /// A tensor of zeros with the element type and device of this one.
     pub fn zeros_like(&self, shape: &[usize]) -> Result<Self> {
         Self::zeros_of(self.device(), self.dtype(), shape)

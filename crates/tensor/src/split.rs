@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{Error, Grads, Group, Params, Result, Tensor};
+use crate::{Error, Group, Result, Tensor};
 
 /// A rank's piece of a tensor that is cut into equal ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,7 +12,7 @@ pub struct Split {
     /// Which piece.
     pub piece: usize,
     /// How many there are. Where they are fewer than ranks, neighbouring ranks have the same piece, and the gradient of
-    /// the piece is the sum over them, see [`Grads::add_copies`].
+    /// the piece is the sum over them, see [`Split::add_copies`].
     pub pieces: usize,
 }
 
@@ -62,31 +62,29 @@ impl Split {
         }
         Ok(wide)
     }
-}
 
-impl Grads {
-    /// Adds up the gradients of pieces that several ranks have, over those ranks; all ranks of `ranks`, which share the
-    /// parameters, call this once the backward of a step is done.
-    pub fn add_copies(&mut self, params: &Params, ranks: &Arc<dyn Group>) -> Result<()> {
-        for (id, param) in params.iter() {
-            let Some(split) = param.split.filter(|split| split.pieces < ranks.size()) else { continue };
-            let Some(own) = self.get_mut(id) else { continue };
-            let n = own.shape()[0];
-            let all = ranks.all_gather(own)?.reshape(&[ranks.size() * n, own.len() / n.max(1)])?;
-            let same = (0..ranks.size()).filter(|rank| rank * split.pieces / ranks.size() == split.piece);
-            let shape = own.shape().to_vec();
-            let mut sum: Option<Tensor> = None;
-            for rank in same {
-                let part = all.rows(rank * n..(rank + 1) * n)?.reshape(&shape)?;
-                match &mut sum {
-                    Some(sum) => sum.device().kernels().add_assign(sum, &part)?,
-                    None => sum = Some(part),
-                }
-            }
-            if let Some(sum) = sum {
-                own.assign(&sum)?;
+    /// Adds up the gradient of a piece over the ranks that have the same one, where there are more ranks than pieces; all
+    /// ranks call this.
+    pub fn add_copies(&self, gradient: Tensor, ranks: &Arc<dyn Group>) -> Result<Tensor> {
+        let size = ranks.size();
+        if self.pieces >= size {
+            return Ok(gradient);
+        }
+        let (shape, n) = (gradient.shape().to_vec(), gradient.shape()[0]);
+        let all = ranks.all_gather(&gradient)?.reshape(&[size * n, gradient.len() / n.max(1)])?;
+        let mut sum: Option<Tensor> = None;
+        for rank in (0..size).filter(|rank| rank * self.pieces / size == self.piece) {
+            let part = all.rows(rank * n..(rank + 1) * n)?.reshape(&shape)?;
+            match &mut sum {
+                Some(sum) => sum.device().kernels().add_assign(sum, &part)?,
+                None => sum = Some(part),
             }
         }
-        Ok(())
+        Ok(sum.unwrap_or(gradient))
+    }
+
+    /// The share of a rank's squares in those of the whole: what all of `size` ranks have of them adds up to the whole's.
+    pub fn share_of_squares(&self, size: usize) -> f64 {
+        self.pieces as f64 / size as f64
     }
 }

@@ -1,6 +1,6 @@
 //! Processes that are stopped half-way.
 
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::world::{Ran, World};
@@ -11,7 +11,11 @@ pub(crate) struct Running(Child);
 impl Running {
     /// Starts a command.
     pub(crate) fn start(world: &World, args: &[&str]) -> Self {
-        let mut command = world.specforge(args);
+        Self::of(world.specforge(args))
+    }
+
+    /// Starts any command.
+    pub(crate) fn of(mut command: Command) -> Self {
         Self(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
     }
 

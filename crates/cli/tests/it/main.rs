@@ -10,6 +10,7 @@ mod kill;
 mod left;
 mod look;
 mod modes;
+mod parallel;
 mod plan;
 mod resume;
 mod store;

@@ -36,6 +36,8 @@ pub(super) struct Plan {
     pub(super) best: Vec<u32>,
     /// Supervised rows per step, whether the draft can name their best token or not.
     pub(super) supervised: Vec<f64>,
+    /// What the batch's gradients are divided by.
+    pub(super) weight: f64,
     /// The rows of the batch that are this rank's.
     pub(super) slice: Slice,
 }
@@ -107,12 +109,12 @@ impl Plan {
         let sources = pairs.iter().map(|&p| place[p as usize]).collect();
         let document = |&p: &u32| &batch.bounds[document_of[p as usize]];
         let documents = live.iter().map(|p| document(p).start as u32..document(p).end as u32).collect();
-        let slice = Slice::whole(batch.n_tokens());
-        Self { live, documents, rows, sources, best, supervised, slice }
+        let (slice, weight) = (Slice::whole(batch.n_tokens()), rows.total_weight);
+        Self { live, documents, rows, sources, best, supervised, weight, slice }
     }
 
     /// The share of rank `rank` of `size`, `steps` test-time-training steps being read ahead. Sums of losses are its
-    /// rows' own; weights are the first rank's, so that all of them add up to the batch's.
+    /// rows' own; what figures are divided by is the first rank's, so that all of them add up to the batch's.
     pub(super) fn share(self, (rank, size): (usize, usize), steps: usize) -> Self {
         let n = self.slice.rows.end;
         let each = n.div_ceil(size);
@@ -156,6 +158,7 @@ impl Plan {
             sources: kept.iter().filter_map(|&r| is_own(self.sources[r]).ok()).map(|i| i as u32).collect(),
             best: pick(&self.best),
             supervised: self.supervised.iter().map(|n| first * n).collect(),
+            weight: self.weight,
             slice: Slice {
                 tokens: rows.start..(rows.end + steps).min(n),
                 n_keys: if has_rows { rows.len() } else { 0 },

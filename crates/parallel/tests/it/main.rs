@@ -4,4 +4,5 @@
 mod collectives;
 mod mesh;
 mod ops;
+mod shard;
 mod threads;

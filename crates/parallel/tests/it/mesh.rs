@@ -13,7 +13,7 @@ fn members(group: &dyn Group, world: &dyn Group) -> Vec<u32> {
 fn parallel_groups_of_a_mesh_have_the_ranks_that_they_should() {
     let shape = MeshShape { replicas: 2, shards: 2, sequence: 1, tensor: 2 };
     let all = threads::run(8, Duration::from_secs(20), |world| {
-        let mesh = Mesh::new(world.clone(), shape).unwrap();
+        let mesh = Mesh::new(world.clone(), shape, Device::Cpu).unwrap();
         let groups = [&mesh.data, &mesh.shards, &mesh.replicas, &mesh.sequence, &mesh.tensor];
         (mesh.place, mesh.is_first(), groups.map(|group| members(group.as_ref(), world.as_ref())))
     });
@@ -45,7 +45,7 @@ fn parallel_every_place_of_a_mesh_is_one_rank() {
 #[test]
 fn parallel_a_mesh_of_another_size_is_refused() {
     threads::run(2, Duration::from_secs(20), |world| {
-        let said = Mesh::new(world, MeshShape::data(3)).unwrap_err().to_string();
+        let said = Mesh::new(world, MeshShape::data(3), Device::Cpu).unwrap_err().to_string();
         assert!(said.contains("3 ranks, but there are 2"), "{said}");
     });
 }

@@ -21,7 +21,7 @@ use crate::kernels::{
     VocabStats,
 };
 use crate::tensor::Buffer;
-use crate::{DType, Device, Later, Result, Tensor};
+use crate::{Across, DType, Device, Later, Result, Tensor};
 
 /// The host processor.
 #[derive(Debug)]
@@ -209,8 +209,13 @@ impl Kernels for Cpu {
     fn split_master(&self, master: &Tensor, like: DType) -> Result<[Tensor; 2]> {
         adam::split_master(master, like)
     }
-    fn adamw(&self, tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>> {
-        Ok(Later::ready(adam::step(tensors, step)?))
+    fn adamw(
+        &self,
+        tensors: &mut [AdamTensor<'_>],
+        step: &AdamStep,
+        across: &Across<'_>,
+    ) -> Result<Later<f64>> {
+        Ok(Later::ready(adam::step(tensors, step, across)?))
     }
     fn all_finite(&self, x: &Tensor) -> Result<Later<bool>> {
         Ok(Later::ready(x.f32s().iter().all(|v| v.is_finite())))

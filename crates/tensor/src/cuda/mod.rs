@@ -25,7 +25,7 @@ use crate::kernels::{
     AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, Kernels, Rotation, RowLoss, SoftTargets,
     VocabStats,
 };
-use crate::{DType, Later, Result, Tensor};
+use crate::{Across, DType, Later, Result, Tensor};
 
 /// The operations of every CUDA device: tensors say which one.
 #[derive(Debug)]
@@ -173,8 +173,13 @@ impl Kernels for Cuda {
     fn split_master(&self, master: &Tensor, _like: DType) -> Result<[Tensor; 2]> {
         adam::split_master(master)
     }
-    fn adamw(&self, tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>> {
-        adam::step(tensors, step)
+    fn adamw(
+        &self,
+        tensors: &mut [AdamTensor<'_>],
+        step: &AdamStep,
+        across: &Across<'_>,
+    ) -> Result<Later<f64>> {
+        adam::step(tensors, step, across)
     }
     fn all_finite(&self, x: &Tensor) -> Result<Later<bool>> {
         rows::all_finite(x)

@@ -36,16 +36,8 @@ fn sum(values: &mut Vec<f64>, ranks: &Arc<dyn Group>) {
     *values = all.later_f64().unwrap().wait().unwrap();
 }
 
-/// The whole of a tensor shaped like a parameter.
-fn whole(value: &Tensor, param: &specforge_tensor::Param, ranks: &Ranks) -> Vec<f32> {
-    match (param.split, ranks.tensor()) {
-        (Some(split), Some(ranks)) => split.whole(value, ranks).unwrap().to_f32(),
-        _ => value.to_f32(),
-    }
-}
-
-/// Trains on a case; `sums` are the groups over which losses and gradients add up.
-fn train(mut case: Case, batch: Batch, ranks: &Ranks, sums: &[Arc<dyn Group>]) -> Trained {
+/// Trains on a case; `data` is the group of those that train on other batches, if there are some.
+fn train(mut case: Case, batch: Batch, ranks: &Ranks, data: Option<&Arc<dyn Group>>) -> Trained {
     case.batch = batch;
     // Clipping is the trainer's: it takes the norm over all ranks.
     let config = AdamWConfig { lr: 1e-3, max_grad_norm: 0.0, ..AdamWConfig::default() };
@@ -54,21 +46,25 @@ fn train(mut case: Case, batch: Batch, ranks: &Ranks, sums: &[Arc<dyn Group>]) -
     for step in 0..STEPS {
         let (loss, mut grads) = run(&case, Grads::new());
         let mut all = figures(&loss);
-        for group in sums {
+        for group in data.into_iter().chain(ranks.sequence().map(|sequence| &sequence.ranks)) {
             all.iter_mut().for_each(|(_, values)| sum(values, group));
         }
-        if let Some(tensor) = ranks.tensor() {
-            grads.add_copies(&case.params, tensor).unwrap();
-        }
-        let trainable: Vec<_> = case.params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
-        for id in trainable {
-            let own = grads.get_mut(id).expect("every weight has a gradient");
-            sums.iter().for_each(|group| group.all_reduce(own, Combine::Sum).unwrap());
+        ranks.add_up(&case.params, &mut grads).unwrap();
+        let mut squares = 0.0;
+        for (id, param) in case.params.iter().filter(|(_, p)| p.trainable) {
+            let mut own = grads.take(id).expect("every weight has a gradient");
+            data.iter().for_each(|group| group.all_reduce(&mut own, Combine::Sum).unwrap());
+            let own_squares: f64 = own.to_f32().iter().map(|g| f64::from(*g).powi(2)).sum();
+            squares += ranks.share_of_squares(param) * own_squares;
             if step == 0 {
-                let param = case.params.get(id);
-                trained.tensors.push((format!("grad.{}", param.name), whole(own, param, ranks)));
+                let whole = ranks.whole(param, &own).unwrap().to_f32();
+                trained.tensors.push((format!("grad.{}", param.name), whole));
             }
+            grads.set(id, own);
         }
+        let mut norm = vec![squares];
+        ranks.tensor().into_iter().for_each(|group| sum(&mut norm, group));
+        trained.figures.push((format!("squares of step {step}"), norm));
         let weight = all[0].1[1];
         optimizer.step(&mut case.params, &grads, weight, 1e-3).unwrap().wait().unwrap();
         trained
@@ -76,7 +72,8 @@ fn train(mut case: Case, batch: Batch, ranks: &Ranks, sums: &[Arc<dyn Group>]) -
             .extend(all.into_iter().map(|(name, values)| (format!("{name} of step {step}"), values)));
     }
     for (_, param) in case.params.iter().filter(|(_, p)| p.trainable) {
-        trained.tensors.push((format!("param.{}", param.name), whole(&param.value, param, ranks)));
+        let whole = ranks.whole(param, &param.value).unwrap().to_f32();
+        trained.tensors.push((format!("param.{}", param.name), whole));
     }
     trained
 }
@@ -94,11 +91,11 @@ fn check(case: &str, shape: Shape) {
     let Some(dir) = golden_case(case) else { return };
     let alone = load(&dir);
     let batch = alone.batch.clone();
-    let want = train(alone, batch, &Ranks::default(), &[]);
+    let want = train(alone, batch, &Ranks::default(), None);
     let mesh_shape =
         MeshShape { replicas: 1, shards: shape.data, sequence: shape.sequence, tensor: shape.tensor };
     let got = threads::run(mesh_shape.ranks(), PATIENCE, |world| {
-        let mesh = Mesh::new(world, mesh_shape).unwrap();
+        let mesh = Mesh::new(world, mesh_shape, Device::Cpu).unwrap();
         let sequence = Some(Sequence { ranks: mesh.sequence.clone(), exchange: shape.exchange });
         let ranks = Ranks { tensor: Some(mesh.tensor.clone()), sequence };
         let case = load_on(&dir, &ranks);
@@ -106,7 +103,7 @@ fn check(case: &str, shape: Shape) {
             1 => case.batch.clone(),
             _ => case.batch.halves().unwrap().expect("two documents")[mesh.place.shard].clone(),
         };
-        train(case, batch, &ranks, &[mesh.sequence.clone(), mesh.data.clone()])
+        train(case, batch, &ranks, Some(&mesh.data))
     });
     for (rank, got) in got.iter().enumerate() {
         compare(&format!("{case}, {shape:?}, rank {rank}"), got, &want);
@@ -117,7 +114,9 @@ fn compare(name: &str, got: &Trained, want: &Trained) {
     assert_eq!((got.figures.len(), got.tensors.len()), (want.figures.len(), want.tensors.len()));
     for ((what, got), (_, want)) in got.figures.iter().zip(&want.figures) {
         for (got, want) in got.iter().zip(want) {
-            assert!((got - want).abs() <= 1e-6 * want.abs(), "{name}: {what}: {got}, alone {want}");
+            // Squares double a relative difference.
+            let bound = if what.starts_with("squares") { 2e-6 } else { 1e-6 };
+            assert!((got - want).abs() <= bound * want.abs(), "{name}: {what}: {got}, alone {want}");
         }
     }
     for ((what, got), (_, want)) in got.tensors.iter().zip(&want.tensors) {
@@ -179,13 +178,13 @@ fn parallel_short_batches_leave_ranks_without_rows() {
     };
     let alone = load(&dir);
     let batch = short(&alone);
-    let want = train(alone, batch, &Ranks::default(), &[]);
+    let want = train(alone, batch, &Ranks::default(), None);
     for (size, exchange) in [(2, Exchange::Heads), (4, Exchange::Ring), (7, Exchange::Ring)] {
         let got = threads::run(size, PATIENCE, |group| {
             let ranks = Ranks { tensor: None, sequence: Some(Sequence { ranks: group.clone(), exchange }) };
             let case = load_on(&dir, &ranks);
             let batch = short(&case);
-            train(case, batch, &ranks, &[group])
+            train(case, batch, &ranks, None)
         });
         got.iter()
             .enumerate()
