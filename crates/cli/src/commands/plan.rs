@@ -11,7 +11,7 @@ mod work;
 
 use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValuesParser;
-use specforge_config::{CaptureDType, Mode, Recipe, RunPlan, TargetDType};
+use specforge_config::{CaptureDType, Fsdp, Mode, RunPlan, TargetDType};
 use specforge_methods::MethodConfig;
 use specforge_methods::eagle3::{self, Dims};
 use specforge_models::TargetInfo;
@@ -51,18 +51,19 @@ pub(crate) struct Args {
     /// Memory of a card in GiB, if not what the card has.
     #[arg(long, value_name = "GIB", value_parser = positive)]
     memory: Option<f64>,
-    /// Cards altogether.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
-    gpus: u64,
-    /// Cards that share every matrix.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
-    tensor: u64,
-    /// Cards that share the rows of a batch.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
-    sequence: u64,
-    /// What cards with equal weights share: 1 the optimizer, 2 the gradients too, 3 the weights too; 0 nothing.
-    #[arg(long, value_name = "LEVEL", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
-    zero: u8,
+    /// Cards altogether; absent: as the recipe's [parallel] has them.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    gpus: Option<u64>,
+    /// Cards that share every matrix; absent: parallel.tensor.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    tensor: Option<u64>,
+    /// Cards that share the rows of a batch; absent: parallel.sequence.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    sequence: Option<u64>,
+    /// What cards share that train on other batches: 1 the optimizer, 2 the gradients too, 3 the weights too; 0 nothing.
+    /// Absent: parallel.fsdp.
+    #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(u8).range(0..=3))]
+    zero: Option<u8>,
     /// Cards of a machine.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..))]
     per_node: u64,
@@ -105,7 +106,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 impl Subject {
     fn new(args: &Args) -> Result<Self> {
-        let plan = Recipe::load(&args.recipe.recipe, &args.recipe.sets, &std::env::current_dir()?)?.plan;
+        let plan = args.recipe.read()?;
         let info = TargetInfo::read(&plan.target.path).context("target.path (its config.json is enough)")?;
         info.expect_teacher()?;
         let MethodConfig::Eagle3(config) = plan.method.clone() else {
@@ -120,7 +121,7 @@ impl Subject {
             Some(tokens) => Work::assumed(&plan, tokens as u64, args.supervised, config.ttt_steps),
             None => Work::prepared(&plan, config.ttt_steps)?,
         };
-        let layout = layout(args, &dims)?;
+        let layout = layout(args, &plan, &dims)?;
         Ok(Self { plan, info, config, dims, device, card, links, layout, work })
     }
 
@@ -172,8 +173,17 @@ fn card(args: &Args, plan: &RunPlan) -> Result<(Device, Card)> {
 }
 
 /// The layout that was asked for.
-fn layout(args: &Args, dims: &Dims) -> Result<Layout> {
-    let Args { gpus, tensor, sequence, zero, .. } = *args;
+fn layout(args: &Args, plan: &RunPlan, dims: &Dims) -> Result<Layout> {
+    let parallel = &plan.parallel;
+    let tensor = args.tensor.unwrap_or(parallel.tensor as u64);
+    let sequence = args.sequence.unwrap_or(parallel.sequence as u64);
+    let gpus = args.gpus.unwrap_or(parallel.data.unwrap_or(1) as u64 * tensor * sequence);
+    let zero = args.zero.unwrap_or(match parallel.fsdp {
+        Fsdp::None => 0,
+        Fsdp::Optimizer => 1,
+        Fsdp::Gradients => 2,
+        Fsdp::Full => 3,
+    });
     if gpus % (tensor * sequence) != 0 {
         bail!("--gpus {gpus} is no multiple of --tensor {tensor} x --sequence {sequence}");
     }
@@ -181,7 +191,8 @@ fn layout(args: &Args, dims: &Dims) -> Result<Layout> {
     if heads % tensor != 0 {
         bail!("--tensor {tensor}: expected a divisor of the {heads} attention heads");
     }
-    Ok(Layout { data: gpus / (tensor * sequence), tensor, sequence, zero })
+    let data = gpus / (tensor * sequence);
+    Ok(Layout { data, tensor, sequence, zero: if data > 1 { zero } else { 0 } })
 }
 
 /// A number above 0 of an argument.

@@ -25,8 +25,12 @@ fn a_recipe_is_planned_for_this_machine_and_for_more_cards() {
     let four = world.ok_json(&cards);
     assert_eq!(at(&four, "/projection/layout/data"), 4.0);
     let n = at(&four, "/parameters");
-    // Reduce-scatter of float32 gradients, all-gather of bf16 weights.
-    assert_eq!(at(&four, "/projection/traffic/data_bytes"), 0.75 * 6.0 * n);
+    // Reduce-scatter of float32 gradients after each of two micro-batches, all-gather of bf16 weights.
+    assert_eq!(at(&four, "/projection/traffic/data_bytes"), 0.75 * 10.0 * n);
+    // The recipe's own ranks count where no others are asked for.
+    let own = world.ok_json(&["plan", "recipe.toml", "--json", "--card", "h100", "--set", "parallel.data=2"]);
+    let layout = |key: &str| at(&own, &format!("/projection/layout/{key}"));
+    assert_eq!([layout("data"), layout("zero")], [2.0, 1.0]);
     let ranks = |i: usize| at(&four, &format!("/larger/{i}/layout/data"));
     assert_eq!([ranks(0), ranks(1), ranks(2)], [8.0, 64.0, 512.0]);
 }
@@ -64,7 +68,7 @@ fn what_cannot_fit_is_refused_with_what_can() {
         (&["--supervised", "0.5"], "--tokens"),
         (&["--tokens", "0"], "above 0"),
         (&["--zero", "4"], "0..=3"),
-        (&["--set", "target.path=nowhere"], "config.json is enough"),
+        (&["--set", "target.path=nowhere"], "there is no such folder"),
     ] {
         let ran = plan(args);
         assert!(ran.code == Some(1) && ran.stderr.contains(message), "{args:?}: {ran:?}");

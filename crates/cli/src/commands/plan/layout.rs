@@ -13,8 +13,8 @@ pub(super) struct Layout {
     pub(super) tensor: u64,
     /// Ranks that share the rows of a batch.
     pub(super) sequence: u64,
-    /// What ranks with equal weights share of them (ZeRO; Rajbhandari et al., 2020): 1: the optimizer, 2: the gradients
-    /// too, 3: the weights too.
+    /// What ranks that train on other batches share (`parallel.fsdp`; ZeRO, Rajbhandari et al., 2020): 1: the optimizer,
+    /// 2: the gradients too, 3: the weights too.
     pub(super) zero: u8,
 }
 
@@ -28,28 +28,9 @@ impl Layout {
         self.data * self.tensor * self.sequence
     }
 
-    /// Ranks with the same weights.
-    pub(super) fn replicas(self) -> u64 {
-        self.data * self.sequence
-    }
-
-    fn split_from(self, level: u8) -> u64 {
-        if self.zero >= level { self.replicas() } else { 1 }
-    }
-
-    /// Ranks that share the optimizer's state.
-    pub(super) fn split_optimizer(self) -> u64 {
-        self.split_from(1)
-    }
-
-    /// Ranks that share the gradients.
-    pub(super) fn split_gradients(self) -> u64 {
-        self.split_from(2)
-    }
-
-    /// Ranks that share the weights.
-    pub(super) fn split_weights(self) -> u64 {
-        self.split_from(3)
+    /// Ranks over which the state of an optimizer is spread.
+    pub(super) fn shards(self) -> u64 {
+        if self.zero > 0 { self.data } else { 1 }
     }
 }
 
@@ -72,7 +53,8 @@ pub(super) fn of_ranks(ranks: u64, most: u64) -> Vec<Layout> {
         for sequence in powers(most / tensor) {
             let data = ranks / (tensor * sequence);
             if data * tensor * sequence == ranks {
-                let zero = 0..=if data * sequence > 1 { 3 } else { 0 };
+                // Higher levels need no less while a step runs, which is when most is needed.
+                let zero = 0..=u8::from(data > 1);
                 all.extend(zero.map(|zero| Layout { data, tensor, sequence, zero }));
             }
         }

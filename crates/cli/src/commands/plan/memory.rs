@@ -165,10 +165,15 @@ impl Step {
 fn standing(case: &Case<'_>, ledger: &mut Ledger) {
     let (e, layout) = (case.storage.element, case.layout);
     let n = parameters(case.dims, layout.tensor);
-    // Stored weights, and the 16 bits that they lack of float32.
+    // Whole while a step runs. Where the optimizer is spread each rank has a part of its own beside that, and of the
+    // gradients if they are sent after every micro-batch.
+    let (shards, zero) = (layout.shards(), layout.zero);
+    let part = if zero > 0 { n.div_ceil(shards) } else { 0 };
+    ledger.keep(Kind::Weights, e * (n + part));
+    ledger.keep(Kind::Gradients, if zero > 1 { 4 * part } else { 0 });
+    // Moments, and the 16 bits that stored weights lack of float32.
     let remainder = if e == 2 { 2 } else { 0 };
-    ledger.keep(Kind::Weights, e * n.div_ceil(layout.split_weights()));
-    ledger.keep(Kind::Optimizer, (8 + remainder) * n.div_ceil(layout.split_optimizer()));
+    ledger.keep(Kind::Optimizer, (8 + remainder) * n.div_ceil(shards));
     let vd = case.dims.draft_vocab_size as u64;
     let (ht, tensor) = (case.target.hidden_size as u64, layout.tensor);
     ledger.keep(Kind::Target, e * vd.div_ceil(tensor) * ht);
@@ -255,7 +260,7 @@ fn forward(case: &Case<'_>, s: &Step, ledger: &mut Ledger) -> Kept {
     let rows = ledger.take(A, s.r * s.h * s.e);
     ledger.give(n);
     let normed = ledger.take(A, s.r * s.h * s.e);
-    ledger.keep(Kind::Gradients, gradient(case, s.vd * s.h));
+    ledger.keep(Kind::Gradients, gradient(s.vd * s.h));
     let d_rows = ledger.take(A, s.r * s.h * s.e);
     loss_chunk(case, s, ledger);
     ledger.give(normed);
@@ -271,8 +276,8 @@ fn loss_chunk(case: &Case<'_>, s: &Step, ledger: &mut Ledger) {
 }
 
 /// Bytes of a gradient of so many elements.
-fn gradient(case: &Case<'_>, elements: u64) -> u64 {
-    4 * elements.div_ceil(case.layout.split_gradients())
+fn gradient(elements: u64) -> u64 {
+    4 * elements
 }
 
 /// From the last step to the first.
@@ -295,9 +300,9 @@ fn backward(case: &Case<'_>, s: &Step, kept: Kept, ledger: &mut Ledger) {
         } else {
             ends.push(step.out);
         }
-        mlp_backward(case, s, first, [step.gate_up, step.normed, step.after], ledger);
+        mlp_backward(s, first, [step.gate_up, step.normed, step.after], ledger);
         if first {
-            ledger.keep(Kind::Gradients, gradient(case, s.h * s.q));
+            ledger.keep(Kind::Gradients, gradient(s.h * s.q));
         }
         attention_backward(case, s, i, first, &mut d_projected, step.attention, ledger);
         // Through rotation and projections.
@@ -308,7 +313,7 @@ fn backward(case: &Case<'_>, s: &Step, kept: Kept, ledger: &mut Ledger) {
         let [n, projections] = step.projected;
         ledger.give_all(d_projected[i].take().into_iter().chain([projections]));
         if first {
-            ledger.keep(Kind::Gradients, gradient(case, s.qkv() * 2 * s.h));
+            ledger.keep(Kind::Gradients, gradient(s.qkv() * 2 * s.h));
         }
         let dn = ledger.take(A, s.live(s.h));
         ledger.give_all([d_linear, n]);
@@ -321,28 +326,22 @@ fn backward(case: &Case<'_>, s: &Step, kept: Kept, ledger: &mut Ledger) {
     }
     // 3. The states of all rows, and fc.
     ledger.keep(A, 2 * s.all(s.h));
-    ledger.keep(Kind::Gradients, gradient(case, CAPTURED * s.h * case.target.hidden_size as u64));
+    ledger.keep(Kind::Gradients, gradient(CAPTURED * s.h * case.target.hidden_size as u64));
     ledger.give_all(kept.shared);
     ledger.give_all(d_outs);
 }
 
 /// The MLP of one step: the widest activation again, its gradient and that of gate and up.
-fn mlp_backward(
-    case: &Case<'_>,
-    s: &Step,
-    first: bool,
-    [gate_up, normed, after]: [Piece; 3],
-    ledger: &mut Ledger,
-) {
+fn mlp_backward(s: &Step, first: bool, [gate_up, normed, after]: [Piece; 3], ledger: &mut Ledger) {
     use Kind::Activations as A;
     let d_product = ledger.take(A, s.live(s.i));
     let [d_gate_up, product] = [2 * s.i, s.i].map(|width| ledger.take(A, s.live(width)));
     if first {
-        ledger.keep(Kind::Gradients, gradient(case, s.h * s.i));
+        ledger.keep(Kind::Gradients, gradient(s.h * s.i));
     }
     ledger.give_all([d_product, product, gate_up]);
     if first {
-        ledger.keep(Kind::Gradients, gradient(case, 2 * s.i * s.h));
+        ledger.keep(Kind::Gradients, gradient(2 * s.i * s.h));
     }
     let d_normed = ledger.take(A, s.live(s.h));
     ledger.give_all([d_gate_up, normed, d_normed, after]);

@@ -130,10 +130,8 @@ fn nearest(subject: &Subject, room: u64) -> Option<(String, Held)> {
     let portions = (1..8).map(|p| 1 << p);
     let portions = portions.filter(|divisor| subject.plan.train.tokens_per_batch / divisor >= longest);
     let mut all: Vec<Setting> = Vec::new();
-    if own.layout.replicas() > 1 {
-        all.extend(
-            (own.layout.zero + 1..=3).map(|zero| Setting { layout: Layout { zero, ..own.layout }, ..own }),
-        );
+    if own.layout.data > 1 && own.layout.zero != 1 {
+        all.push(Setting { layout: Layout { zero: 1, ..own.layout }, ..own });
     }
     all.extend(portions.map(|divisor| Setting { divisor, ..own }));
     let smallest = all.iter().map(|s| s.divisor).max().unwrap_or(1);
@@ -196,8 +194,7 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
         };
     let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * accumulation as f64 };
     let shared = seconds_of_epoch / steps_of_epoch / (layout.tensor * layout.sequence) as f64;
-    let compute_seconds =
-        shared.max(launches) + card.optimizer(dims, layout.tensor, layout.split_optimizer());
+    let compute_seconds = shared.max(launches) + card.optimizer(dims, layout.tensor, layout.shards());
     let mut of_step = epoch.clone();
     of_step.shrink(1.0 / steps_of_epoch);
     let sizes = traffic::Sizes {

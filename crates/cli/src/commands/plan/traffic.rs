@@ -1,8 +1,9 @@
 //! What ranks send in a step, by the standard formulas, and how long that takes.
 //!
 //! A ring all-reduce of b bytes over n ranks sends 2 (n - 1)/n · b from each (Patarasuk and Yuan, 2009), reduce-scatter
-//! and all-gather half of it. ZeRO (Rajbhandari et al., 2020): levels 1 and 2 reduce-scatter gradients and gather weights;
-//! level 3 gathers weights for every forward and every backward. Tensor parallel (Shoeybi et al., 2019): two all-reduces
+//! and all-gather half of it. Ranks of a sequence all-reduce gradients, then those of other batches do, or (ZeRO,
+//! Rajbhandari et al., 2020) reduce-scatter gradients and gather weights once a step; from level 2 on gradients are sent
+//! after every micro-batch. Tensor parallel (Shoeybi et al., 2019): two all-reduces
 //! of the rows forward and two backward, for every layer. Ulysses (Jacobs et al., 2023): all-to-alls of queries, keys,
 //! values and outputs, forward and backward, of which (n - 1)/n leaves a rank.
 
@@ -78,10 +79,10 @@ fn data_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
     let (gradients, weights) = (4.0 * n, s.element * n);
     let halves = match layout.zero {
         0 => 2.0 * gradients,
-        1 | 2 => gradients + weights,
-        _ => gradients + 2.0 * s.micro_batches * weights,
+        1 => gradients + weights,
+        _ => s.micro_batches * gradients + weights,
     };
-    share(layout.replicas()) * halves
+    share(layout.data) * halves + share(layout.sequence) * 2.0 * gradients
 }
 
 fn tensor_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
