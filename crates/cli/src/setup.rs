@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use specforge_config::{CaptureDType, DeviceChoice, Recipe, RunPlan, TargetDType};
 use specforge_data::{ChatTemplate, Prepared, TokenCounts, Tokenizer, Unseen, read_prompts};
-use specforge_methods::{DraftMethod, Frozen, VocabMap};
+use specforge_methods::{DraftMethod, Frozen, Ranks, VocabMap};
 use specforge_models::{Capture, Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::{CaptureSpec, Identity, Spec, TargetIdentity};
@@ -151,6 +151,7 @@ pub(crate) fn draft(
     info: &TargetInfo,
     frozen: &Frozen,
     data: &Prepared,
+    ranks: &Ranks,
 ) -> Result<(Box<dyn DraftMethod>, Params)> {
     let vocab = match plan.method.draft_vocab_size(info) {
         None => VocabMap::full(info.vocab_size),
@@ -165,7 +166,7 @@ pub(crate) fn draft(
             VocabMap::from_offsets(&map.d2t, info.vocab_size)?
         }
     };
-    Ok(plan.method.build(info, frozen, vocab, plan.seed)?)
+    Ok(plan.method.build_on(ranks, info, frozen, vocab, plan.seed)?)
 }
 
 /// Stands for the tokens that a draft can name, in their order.

@@ -25,6 +25,7 @@ pub use plan::{
 pub use provenance::{Origin, Provenance};
 pub use recipe::{Recipe, Setting};
 pub use run::{
-    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, ExportConfig, Fsdp, Mode,
-    OnOom, ParallelConfig, ReduceDType, RunConfig, StoreConfig, TargetConfig, TargetDType, TrainConfig,
+    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, Exchange, ExportConfig,
+    Fsdp, Mode, OnOom, ParallelConfig, ReduceDType, RunConfig, StoreConfig, TargetConfig, TargetDType,
+    TrainConfig,
 };

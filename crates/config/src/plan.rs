@@ -10,7 +10,9 @@ use specforge_nn::schedule::ScheduleConfig;
 use specforge_store::Encoding;
 
 use crate::error::{Error, Result};
-use crate::run::{CaptureConfig, DeviceChoice, Fsdp, Mode, OnOom, ParallelConfig, ReduceDType, TargetDType};
+use crate::run::{
+    CaptureConfig, DeviceChoice, Exchange, Fsdp, Mode, OnOom, ParallelConfig, ReduceDType, TargetDType,
+};
 
 /// Everything that a run needs to know. It is saved as JSON beside every checkpoint; keys are those of the recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -143,8 +145,10 @@ pub struct ParallelPlan {
     pub shards: Option<usize>,
     /// What gradients are sent as.
     pub reduce: ReduceDType,
-    /// Ranks that share the tokens of a document.
+    /// Ranks that share the tokens of a batch.
     pub sequence: usize,
+    /// How attention reaches the tokens of other ranks.
+    pub exchange: Exchange,
     /// Ranks that share the matrices of a layer.
     pub tensor: usize,
     /// Seconds that a rank waits for the others.
@@ -164,12 +168,13 @@ impl Default for ParallelPlan {
             shards,
             reduce,
             sequence,
+            exchange,
             tensor,
             timeout,
             rendezvous,
             ranks_in_process,
         } = ParallelConfig::default();
-        Self { data, fsdp, shards, reduce, sequence, tensor, timeout, rendezvous, ranks_in_process }
+        Self { data, fsdp, shards, reduce, sequence, exchange, tensor, timeout, rendezvous, ranks_in_process }
     }
 }
 

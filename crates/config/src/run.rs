@@ -13,7 +13,7 @@ use specforge_methods::MethodConfig;
 use specforge_store::Encoding;
 
 pub use evaluation::{EvalConfig, ExportConfig};
-pub use parallel::{Fsdp, ParallelConfig, ReduceDType};
+pub use parallel::{Exchange, Fsdp, ParallelConfig, ReduceDType};
 pub use training::{OnOom, TrainConfig};
 
 /// A recipe. Relative paths are relative to the current directory of the command, not to the recipe file.

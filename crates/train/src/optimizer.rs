@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use specforge_methods::{Exchange, Sequence};
 use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
 use specforge_parallel::{Level, Mesh, Shards, sum};
 use specforge_tensor::{Across, DType, Grads, Later, ParamId, Params, Tensor};
@@ -24,6 +25,14 @@ pub struct Ranks {
     pub reduce: DType,
     /// How long a rank waits for the others.
     pub patience: Duration,
+}
+
+impl Ranks {
+    /// Those that share a batch: how attention reaches their rows is for the method to know.
+    fn of_batch(&self) -> specforge_methods::Ranks {
+        let (ranks, exchange) = (self.mesh.sequence.clone(), Exchange::Ring);
+        specforge_methods::Ranks { tensor: None, sequence: Some(Sequence { ranks, exchange }) }
+    }
 }
 
 /// AdamW, alone or with other ranks.
@@ -90,7 +99,8 @@ impl Optimizer {
     }
 
     /// Adds a micro-batch's gradients to this rank's part of the sum over all ranks. All ranks call this.
-    pub(crate) fn send(&mut self, grads: &mut Grads) -> Result<()> {
+    pub(crate) fn send(&mut self, params: &Params, grads: &mut Grads) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.of_batch().add_up(params, grads))?;
         self.parts.as_mut().map_or(Ok(()), |parts| parts.add(grads))
     }
 
@@ -103,12 +113,16 @@ impl Optimizer {
     ) -> Result<Later<StepReport>> {
         let Some(ranks) = &self.ranks else { return Ok(self.adamw.step(params, &grads, weight, lr)?) };
         let data = Some(ranks.mesh.data.as_ref());
+        let is_sent = matches!(ranks.level, Level::Gradients | Level::Full);
+        if !is_sent {
+            ranks.of_batch().add_up(params, &mut grads)?;
+        }
         let Some(parts) = &mut self.parts else {
             sum_all(ranks, params, &mut grads)?;
             let across = Across { squares: None, weight: data };
             return Ok(self.adamw.step_across(params, &grads, (weight, lr), &across)?);
         };
-        if !matches!(ranks.level, Level::Gradients | Level::Full) {
+        if !is_sent {
             parts.add(&mut grads)?;
         }
         let across = Across { squares: Some(parts.shards.group()), weight: data };

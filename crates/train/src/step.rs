@@ -45,7 +45,7 @@ pub(crate) fn step(
             micro_batch(method, params, (batch, number), (&mut kept, &mut sums), shrink)?;
         }
         if optimizer.sends_every_micro_batch() {
-            optimizer.send(&mut sums.grads)?;
+            optimizer.send(params, &mut sums.grads)?;
             sent.take_in(std::mem::take(&mut sums));
             kept.clear();
         }

@@ -24,6 +24,15 @@ impl Tally {
 }
 
 impl Figures {
+    /// Sums over the ranks that share batches: each counted the tokens of the whole batch.
+    pub(crate) fn over_sequence(self, group: &dyn Group, device: Device) -> Result<Self> {
+        if group.size() == 1 {
+            return Ok(self);
+        }
+        let tokens = self.tokens;
+        Ok(Self { tokens, ..self.over(group, device)? })
+    }
+
     /// Sums over the ranks of a group. The first rank has rows whenever anybody has, so it knows which metrics there
     /// are; a rank without rows gets sums of the objective and of tokens alone.
     pub(crate) fn over(mut self, group: &dyn Group, device: Device) -> Result<Self> {

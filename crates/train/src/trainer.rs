@@ -166,6 +166,7 @@ impl Trainer<'_> {
     fn data(&self) -> Option<Data> {
         self.optimizer.ranks().map(|ranks| Data {
             group: ranks.mesh.data.clone(),
+            sequence: ranks.mesh.sequence.clone(),
             device: ranks.mesh.device,
             is_first: ranks.mesh.is_first(),
         })
@@ -268,7 +269,7 @@ impl Trainer<'_> {
     fn record(&self, held: Option<&Held>, course: &mut Course, hooks: &mut dyn Hooks) -> Result<()> {
         let mut window = std::mem::replace(&mut course.window, Window::new());
         if let Some(data) = self.data() {
-            window.figures = window.figures.over(data.group.as_ref(), data.device)?;
+            window.figures = data.over(window.figures)?;
         }
         let record = window.record(&self.state.position, held);
         if let Some(log) = &course.log {
@@ -287,10 +288,7 @@ impl Trainer<'_> {
                 let own = self.own_rows(rows);
                 let batches = own.iter().map(|rows| fetch(source, rows, self.device()));
                 let figures = evaluate(self.method, &self.params, batches)?;
-                Some(
-                    data.as_ref()
-                        .map_or(Ok(figures.clone()), |d| figures.over(d.group.as_ref(), d.device))?,
-                )
+                Some(data.as_ref().map_or(Ok(figures.clone()), |data| data.over(figures.clone()))?)
             }
         };
         let mut decoded = None;
@@ -324,8 +322,18 @@ impl Trainer<'_> {
 #[derive(Debug)]
 struct Data {
     group: Arc<dyn Group>,
+    /// Those that share this rank's rows.
+    sequence: Arc<dyn Group>,
     device: Device,
     is_first: bool,
+}
+
+impl Data {
+    /// Figures of all ranks.
+    fn over(&self, figures: Figures) -> Result<Figures> {
+        let of_rows = figures.over_sequence(self.sequence.as_ref(), self.device)?;
+        of_rows.over(self.group.as_ref(), self.device)
+    }
 }
 
 /// What goes along with a run.

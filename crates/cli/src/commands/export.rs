@@ -9,7 +9,7 @@ use specforge_export::{
     Eagle3Config, Eagle3Export, Severity, Tensor as FileTensor, WriteOptions, check, is_earlier_export,
     read_eagle3, rope_parameters,
 };
-use specforge_methods::{DraftMethod, Frozen, MethodConfig, VocabMap, eagle3};
+use specforge_methods::{DraftMethod, Frozen, MethodConfig, Ranks, VocabMap, eagle3};
 use specforge_models::{Capture, TargetInfo};
 use specforge_tensor::{Device, Params, Tensor};
 
@@ -76,7 +76,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let plan = RecipeArgs { recipe, sets: args.sets.clone() }.plan()?;
     let info = TargetInfo::read(&plan.target.path)?;
     let data = setup::prepared(&plan)?;
-    let (method, mut params) = setup::draft(&plan, &info, &setup::frozen(&plan, &info)?, &data)?;
+    let (method, mut params) =
+        setup::draft(&plan, &info, &setup::frozen(&plan, &info)?, &data, &Ranks::default())?;
     setup::restore(&checkpoint(&plan, &args.checkpoint)?, &plan, method.as_ref(), &mut params)?;
     let mut options = Options::of(&plan, args.overwrite);
     options.write.with_embeddings |= args.embeddings;

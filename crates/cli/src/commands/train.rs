@@ -8,17 +8,17 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::json;
-use specforge_config::{Length, Mode, OnOom, RunPlan};
+use specforge_config::{Exchange, Length, Mode, OnOom, RunPlan};
 use specforge_data::Prepared;
 use specforge_eval::{Options, Report};
-use specforge_methods::{DraftMethod, Frozen};
+use specforge_methods::{DraftMethod, Frozen, Sequence};
 use specforge_models::{Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::Reader;
 use specforge_tensor::Params;
 use specforge_train::{
     Cache, Checkpoint, Checkpoints, Event, FeatureSource, Held, Hooks, Offline, Online, Optimizer, Order,
-    Outcome, Settings, State, Trainer,
+    Outcome, Ranks, Settings, State, Trainer,
 };
 
 use super::capture::stop_on_signal;
@@ -89,8 +89,10 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     let resume = resumed(args, plan, rank)?;
     let data = rank.first_then_others(|| setup::prepared(plan))?;
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
-    let Parts { info, method, params, mut source, mut decoder } = Parts::build(plan, &data, &held_out, rank)?;
-    let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), rank)?;
+    let ranks = rank.mesh(&plan.parallel)?;
+    let Parts { info, method, params, mut source, mut decoder } =
+        Parts::build(plan, &data, &held_out, (rank, ranks.as_ref()))?;
+    let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), ranks)?;
     let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
     let training = Instant::now();
     let tokens_before = trainer.state.tokens;
@@ -288,7 +290,12 @@ struct Parts {
 }
 
 impl Parts {
-    fn build(plan: &RunPlan, data: &Arc<Prepared>, held_out: &[usize], rank: &Rank) -> Result<Self> {
+    fn build(
+        plan: &RunPlan,
+        data: &Arc<Prepared>,
+        held_out: &[usize],
+        (rank, ranks): (&Rank, Option<&Ranks>),
+    ) -> Result<Self> {
         if plan.mode == Mode::Cache && rank.size() > 1 {
             bail!(
                 "mode = \"cache\" has one rank: capture first (`specforge capture` takes any number), then train with mode = \"offline\""
@@ -301,7 +308,7 @@ impl Parts {
             Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },
             None => setup::frozen(plan, &info)?,
         };
-        let (method, mut params) = setup::draft(plan, &info, &frozen, data)?;
+        let (method, mut params) = setup::draft(plan, &info, &frozen, data, &of_batch(plan, ranks))?;
         if let Some(folder) = &plan.train.warm_start {
             export::warm_start(folder, method.as_ref(), &mut params)?;
         }
@@ -314,6 +321,16 @@ impl Parts {
         let decoder = Decoder { target, plan: plan.clone(), prompts };
         Ok(Self { info, method, params, source, decoder })
     }
+}
+
+/// The ranks that share a batch.
+fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
+    let exchange = match plan.parallel.exchange {
+        Exchange::Ring => specforge_methods::Exchange::Ring,
+        Exchange::Heads => specforge_methods::Exchange::Heads,
+    };
+    let sequence = ranks.map(|ranks| Sequence { ranks: ranks.mesh.sequence.clone(), exchange });
+    specforge_methods::Ranks { tensor: None, sequence }
 }
 
 /// Where the features come from.
@@ -348,7 +365,7 @@ fn trainer<'a>(
     params: Params,
     data: &Prepared,
     (train_rows, held_out): (&[usize], &[usize]),
-    rank: &Rank,
+    ranks: Option<Ranks>,
 ) -> Result<Trainer<'a>> {
     let lengths = |rows: &[usize]| rows.iter().map(|&r| (r, data.row(r).ids.len())).collect::<Vec<_>>();
     let order = Order {
@@ -387,7 +404,7 @@ fn trainer<'a>(
         plan.method.name(),
         trained as f64 / 1e6
     );
-    let optimizer = Optimizer::new(plan.train.optimizer.clone(), &params, rank.mesh(&plan.parallel)?)?;
+    let optimizer = Optimizer::new(plan.train.optimizer.clone(), &params, ranks)?;
     Ok(Trainer { method, params, optimizer, order, settings, state: State::new(identity) })
 }
 

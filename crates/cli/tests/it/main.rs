@@ -13,6 +13,7 @@ mod modes;
 mod parallel;
 mod plan;
 mod resume;
+mod sequence;
 mod store;
 mod train;
 mod world;

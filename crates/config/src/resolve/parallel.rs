@@ -11,6 +11,7 @@ pub(super) fn plan(parallel: ParallelConfig, check: &mut Check<'_>) -> ParallelP
         shards,
         reduce,
         sequence,
+        exchange,
         tensor,
         timeout,
         rendezvous,
@@ -21,20 +22,29 @@ pub(super) fn plan(parallel: ParallelConfig, check: &mut Check<'_>) -> ParallelP
     check.at_least("parallel.timeout", timeout, 1);
     check.at_most("parallel.timeout", timeout, 7 * 24 * 3600);
     shard_count(shards, data, check);
-    for (key, ranks) in [("parallel.sequence", sequence), ("parallel.tensor", tensor)] {
-        if ranks != 1 {
-            check.range(
-                key,
-                "1 (this version deals rows to ranks, but does not cut layers or documents)",
-                ranks,
-            );
-        }
+    check.at_least("parallel.sequence", sequence, 1);
+    check.at_most("parallel.sequence", sequence, 1 << 10);
+    if tensor != 1 {
+        let expected =
+            "1 (this version deals rows and their tokens to ranks, but trains with whole matrices)";
+        check.range("parallel.tensor", expected, tensor);
     }
     if ranks_in_process && data.is_none() {
         check.missing("parallel.data", "`ranks-in-process` starts that many threads", "[parallel] data = 2");
     }
     let rendezvous = rendezvous.map(|path| check.path(path));
-    ParallelPlan { data, fsdp, shards, reduce, sequence, tensor, timeout, rendezvous, ranks_in_process }
+    ParallelPlan {
+        data,
+        fsdp,
+        shards,
+        reduce,
+        sequence,
+        exchange,
+        tensor,
+        timeout,
+        rendezvous,
+        ranks_in_process,
+    }
 }
 
 fn shard_count(shards: Option<usize>, data: Option<usize>, check: &mut Check<'_>) {

@@ -18,8 +18,10 @@ pub struct ParallelConfig {
     pub shards: Option<usize>,
     /// What gradients are sent as between ranks.
     pub reduce: ReduceDType,
-    /// Ranks that share the tokens of a document.
+    /// Ranks that share the tokens of a batch, long documents included.
     pub sequence: usize,
+    /// How attention reaches the tokens of the other ranks of a sequence.
+    pub exchange: Exchange,
     /// Ranks that share the matrices of a layer.
     pub tensor: usize,
     /// Seconds that a rank waits for the others before it gives up; at least 1.
@@ -44,6 +46,16 @@ pub enum Fsdp {
     Full,
 }
 
+/// How attention reaches the tokens of other ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Exchange {
+    /// Keys and values pass around (ring attention): any number of ranks.
+    Ring,
+    /// Heads for tokens, all to all (Ulysses): `sequence` divides the draft's key-value heads.
+    Heads,
+}
+
 /// What gradients are sent as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -62,6 +74,7 @@ impl Default for ParallelConfig {
             shards: None,
             reduce: ReduceDType::F32,
             sequence: 1,
+            exchange: Exchange::Ring,
             tensor: 1,
             timeout: 600,
             rendezvous: None,
