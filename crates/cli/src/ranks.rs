@@ -10,7 +10,9 @@ use specforge_parallel::{Level, Mesh, MeshShape, tell, threads};
 use specforge_tensor::{Combine, DType, Device, Group, Tensor};
 use specforge_train::Ranks;
 
-use crate::show::{note, quiet};
+#[cfg(feature = "mpi")]
+use crate::show::note;
+use crate::show::quiet;
 use crate::{env, setup};
 
 /// What a command is told of the rank it runs on.

@@ -8,6 +8,7 @@ pub mod launch;
 mod mesh;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod nccl;
 mod say;
 mod shard;
 pub mod threads;

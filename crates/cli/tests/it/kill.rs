@@ -39,7 +39,7 @@ impl Running {
     /// Sends a signal by name and waits for the end.
     pub(crate) fn signal(mut self, name: &str) -> Ran {
         let pid = self.0.id().to_string();
-        let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap();
+        let sent = Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap();
         assert!(sent.success());
         self.end()
     }

@@ -1,6 +1,8 @@
 //! EAGLE3 against the reference cases: losses, metrics, every gradient, the optimizer's path, serving's logits; and
 //! the shortcuts (live rows, the embedding half once) against the plain form.
 
+mod parallel;
+
 use std::ops::Range;
 use std::path::Path;
 

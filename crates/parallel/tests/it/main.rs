@@ -3,5 +3,8 @@
 
 mod collectives;
 mod mesh;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod nccl;
 mod shard;
 mod threads;
