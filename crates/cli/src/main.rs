@@ -3,6 +3,7 @@
 mod commands;
 mod env;
 mod gpu;
+mod launch;
 mod lock;
 mod machine;
 mod ranks;

@@ -6,5 +6,6 @@ mod mesh;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod nccl;
+mod rendezvous;
 mod shard;
 mod threads;

@@ -22,6 +22,7 @@ fn on_ranks(test: &str, ranks: usize) -> (bool, String) {
     (output.status.success(), String::from_utf8_lossy(&said).into_owned())
 }
 
+#[expect(clippy::print_stdout, clippy::exit, reason = "what no test could go on from")]
 fn die(why: &str) {
     println!("alarm: {why}");
     std::process::exit(1);

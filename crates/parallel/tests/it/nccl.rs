@@ -5,6 +5,7 @@ use std::time::Duration;
 use specforge_parallel::{Mesh, MeshShape, Shards, nccl};
 use specforge_tensor::{Combine, DType, Device, Tensor};
 
+#[expect(clippy::print_stdout, clippy::exit, reason = "what no test could go on from")]
 fn die(why: &str) {
     println!("alarm: {why}");
     std::process::exit(1);

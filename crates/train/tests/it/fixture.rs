@@ -40,7 +40,8 @@ impl Fixture {
         let info = TargetInfo::read(folder.path()).unwrap();
         let mut lcg = Lcg::new(1);
         let mut draw = || {
-            let table = Tensor::from_f32(Device::Cpu, lcg.normals(VOCAB * WIDTH, 0.5), &[VOCAB, WIDTH]).unwrap();
+            let table =
+                Tensor::from_f32(Device::Cpu, lcg.normals(VOCAB * WIDTH, 0.5), &[VOCAB, WIDTH]).unwrap();
             table.cast(device.storage()).unwrap().to_device(device).unwrap()
         };
         let frozen = Frozen { embedding: draw(), head: draw() };

@@ -271,6 +271,7 @@ fn parallel_bf16_gradients_train_about_the_same() {
     }
 }
 
+#[expect(clippy::print_stdout, clippy::exit, reason = "what no test could go on from")]
 fn die(why: &str) {
     println!("alarm: {why}");
     std::process::exit(1);
