@@ -43,6 +43,14 @@ fn wheel_folders(prefix: &Path) -> Vec<PathBuf> {
     packages.flat_map(|packages| inside(packages.join("nvidia"))).map(|package| package.join("lib")).collect()
 }
 
+/// Set for ranks that this program has started itself.
+pub(crate) const CHILD: &str = "SPECFORGE_CHILD";
+
+/// Whether this process is one of them.
+pub(crate) fn is_child() -> bool {
+    variable(CHILD).is_some()
+}
+
 /// What a launcher of several processes says of this one.
 pub(crate) fn launch() -> Variables {
     let value = |name: &str| variable(name)?.into_string().ok();

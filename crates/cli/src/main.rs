@@ -5,6 +5,7 @@ mod env;
 mod gpu;
 #[cfg(test)]
 mod heap;
+mod launch;
 mod lock;
 mod machine;
 mod ranks;

@@ -3,15 +3,16 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use specforge_config::{DeviceChoice, Fsdp, ParallelPlan, ReduceDType, RunPlan};
+use specforge_cuda::Gpu;
 use specforge_parallel::launch::{Placement, placement};
-use specforge_parallel::{Level, Mesh, MeshShape, tell, threads};
+use specforge_parallel::{Alarm, Level, Mesh, MeshShape, nccl, rendezvous, tell, threads};
 use specforge_tensor::{Combine, DType, Device, Group, Tensor};
 use specforge_train::Ranks;
 
-use crate::show::{note, quiet};
-use crate::{env, setup};
+use crate::show::quiet;
+use crate::{env, gpu, launch, setup};
 
 /// What a command is told of the rank it runs on.
 #[derive(Debug)]
@@ -122,12 +123,13 @@ fn patience(plan: &ParallelPlan) -> Duration {
 
 /// Runs a command on all ranks of a plan whose device is not chosen yet.
 pub(crate) fn run(plan: RunPlan, command: impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync) -> Result<()> {
+    launch::end_with_parent();
     let placed = placement(&env::launch())?;
     let asked = plan.parallel.data.unwrap_or(1) * plan.parallel.sequence * plan.parallel.tensor;
     match placed {
         _ if plan.parallel.ranks_in_process => in_threads(plan, asked, &command),
         Some(placement) if placement.size > 1 => as_process(plan, &placement, &command),
-        _ if asked > 1 => bail!("{}", not_started(&plan, asked)),
+        _ if asked > 1 => start(&plan, asked),
         _ => {
             let plan = setup::on_this_machine(plan)?;
             end(command(plan, &Rank { world: None, device: Device::Cpu })?)
@@ -135,7 +137,21 @@ pub(crate) fn run(plan: RunPlan, command: impl Fn(RunPlan, &Rank) -> Result<Endi
     }
 }
 
-/// What to do where ranks are asked for that nobody has started.
+/// Ranks that nobody has started: one process per GPU of this machine.
+fn start(plan: &RunPlan, asked: usize) -> Result<()> {
+    let gpus = if plan.device == DeviceChoice::Cpu { 0 } else { Gpu::count().unwrap_or(0) };
+    match gpus {
+        0 if plan.device == DeviceChoice::Cuda => Gpu::count().map(|_| ()).context("device = \"cuda\""),
+        0 => bail!("{}", not_started(plan, asked)),
+        _ if asked <= gpus => launch::start(asked),
+        _ => bail!(
+            "the recipe asks for {asked} ranks, this machine has {gpus} GPUs: start as many processes on several \
+             machines, with torchrun or srun (docs/parallel.md)"
+        ),
+    }
+}
+
+/// What to do where ranks are asked for that nobody has started, on CPUs.
 fn not_started(plan: &RunPlan, asked: usize) -> String {
     let with = if cfg!(feature = "mpi") { "" } else { "build with --features mpi and " };
     format!(
@@ -184,11 +200,50 @@ fn as_process(
 ) -> Result<()> {
     shape(&plan.parallel, placement.size)?;
     quiet(placement.rank > 0);
+    if plan.device != DeviceChoice::Cpu {
+        gpu::choose(placement.local_rank)?;
+    }
     plan = setup::on_this_machine(plan)?;
     if plan.device == DeviceChoice::Cuda {
-        bail!("several ranks on GPUs are not in this version: set device = \"cpu\", or start one process");
+        return by_nccl(plan, placement, command);
     }
     by_mpi(plan, placement, command)
+}
+
+/// Every rank with a GPU: they meet by TCP, and talk through NCCL.
+fn by_nccl(
+    plan: RunPlan,
+    placement: &Placement,
+    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+) -> Result<()> {
+    let place @ (number, size) = (placement.rank, placement.size);
+    let Some((host, port)) = &placement.meeting else {
+        bail!(
+            "rank {number} of {size}, started by {:?}: MASTER_ADDR is not set: the name of the machine of rank 0",
+            placement.by
+        );
+    };
+    let wait: (Duration, Alarm) = (patience(&plan.parallel), launch::die);
+    let id = || nccl::unique_id().map(Vec::from).map_err(|e| e.to_string());
+    let (id, link) = rendezvous::meet((host, *port), place, wait, id)?;
+    let join = || -> Result<Ending> {
+        let id: [u8; 128] = id.try_into().map_err(|_| anyhow!("what rank 0 sent is not an id of NCCL's"))?;
+        let device = setup::device(&plan)?;
+        let world = nccl::join(device, &id, place, wait)?;
+        command(plan, &Rank { world: Some(world), device })
+    };
+    match join() {
+        Ok(ending) => {
+            link.leave();
+            // The first rank says it for all.
+            if number == 0 { end(ending) } else { Ok(()) }
+        }
+        Err(error) => {
+            let error = error.context(format!("rank {number} of {size}"));
+            link.fail(&format!("{error:#}"));
+            Err(error)
+        }
+    }
 }
 
 #[cfg(not(feature = "mpi"))]
@@ -212,7 +267,7 @@ fn by_mpi(
     command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
     use specforge_parallel::mpi;
-    let world = mpi::start(patience(&plan.parallel), die)?;
+    let world = mpi::start(patience(&plan.parallel), launch::die)?;
     let (number, size) = (world.rank(), world.size());
     if (number, size) != (placement.rank, placement.size) {
         mpi::finish();
@@ -232,18 +287,9 @@ fn by_mpi(
         }
         Err(error) => {
             quiet(false);
-            note!("error: rank {number} of {size}: {error:#}");
+            crate::show::note!("error: rank {number} of {size}: {error:#}");
             mpi::abort();
             Err(error)
         }
     }
-}
-
-/// Ends this process, and with it all others: there is nothing left that could go on.
-#[cfg(feature = "mpi")]
-fn die(why: &str) {
-    quiet(false);
-    note!("error: {why}");
-    #[expect(clippy::exit, reason = "the thread that waits cannot be reached")]
-    std::process::exit(1);
 }

@@ -97,7 +97,7 @@ pub(crate) fn prepared(plan: &RunPlan) -> Result<Arc<Prepared>> {
 
 /// The device of a plan that [`RecipeArgs::plan`] made.
 pub(crate) fn device(plan: &RunPlan) -> Result<Device> {
-    Ok(if plan.device == DeviceChoice::Cuda { Device::cuda(0)? } else { Device::Cpu })
+    Ok(if plan.device == DeviceChoice::Cuda { Device::cuda(gpu::ordinal())? } else { Device::Cpu })
 }
 
 /// The element type for the target's weights: float32 computes fastest on a CPU, if it fits.

@@ -1,5 +1,6 @@
 //! Many ranks: which rank is where in the mesh ([`Mesh`]), how tensors are cut over ranks ([`Shards`]), and how ranks
-//! reach each other: as threads ([`threads`]), and as processes by MPI (the feature `mpi`).
+//! reach each other: as threads ([`threads`]), with a GPU each by NCCL
+//! ([`nccl`], after a [`rendezvous`]), and as processes by MPI (the feature `mpi`).
 //!
 //! What can be asked of a group of ranks is [`specforge_tensor::Group`]; here are the implementations.
 
@@ -8,6 +9,8 @@ pub mod launch;
 mod mesh;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod nccl;
+pub mod rendezvous;
 mod say;
 mod shard;
 pub mod threads;

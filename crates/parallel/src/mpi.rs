@@ -173,12 +173,12 @@ impl Group for Process {
     fn all_gather(&self, x: &Tensor) -> Result<Tensor> {
         let mut shape = x.shape().to_vec();
         shape[0] *= self.size();
-        self.moved("all-gather", x, &shape, |c, from, to| c.all_gather_into(from, to))
+        self.moved("all-gather", x, &shape, CommunicatorCollectives::all_gather_into)
     }
 
     fn all_to_all(&self, x: &Tensor) -> Result<Tensor> {
         pieces("all-to-all", x, self.size())?;
-        self.moved("all-to-all", x, x.shape(), |c, from, to| c.all_to_all_into(from, to))
+        self.moved("all-to-all", x, x.shape(), CommunicatorCollectives::all_to_all_into)
     }
 
     fn broadcast(&self, x: &mut Tensor, root: usize) -> Result<()> {

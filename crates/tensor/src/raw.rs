@@ -53,6 +53,17 @@ impl Tensor {
         Self::zeros_of(self.device(), self.dtype(), shape)
     }
 
+    /// As [`Tensor::zeros_like`], for a call that writes every element.
+    pub fn unwritten_like(&self, shape: &[usize]) -> Result<Self> {
+        match self.stored() {
+            None => self.zeros_like(shape),
+            Some(stored) => {
+                let new = crate::cuda::Stored::new(stored.gpu(), self.dtype(), shape.iter().product())?;
+                Ok(Self::from_stored(self.device(), new, shape))
+            }
+        }
+    }
+
     /// The elements as bytes; `None` on a device.
     pub fn host_bytes(&self) -> Option<&[u8]> {
         Some(match self.buffer() {

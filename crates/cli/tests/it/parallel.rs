@@ -17,6 +17,21 @@ enum How {
     Processes,
 }
 
+impl How {
+    /// Kills the ranks, or one of them, so that nothing can be cleaned up.
+    fn kill(self, running: Running) {
+        match self {
+            Self::Threads => {
+                running.kill();
+            }
+            #[cfg(feature = "mpi")]
+            Self::Processes => {
+                running.kill_child(0);
+            }
+        }
+    }
+}
+
 /// All that this build has.
 fn ways() -> Vec<How> {
     vec![
@@ -108,21 +123,57 @@ fn left(world: &World, name: &str) -> (Vec<Value>, Vec<Vec<u8>>, Value) {
 #[test]
 fn parallel_a_stopped_run_goes_on_to_the_same_bits() {
     let Some(world) = world() else { return };
-    for how in ways() {
-        let whole = format!("{how:?}-whole");
-        ok(&world, how, 2, &["train", "R", "--set", &set(&whole)]);
-        // Killed so that nobody can clean up, while a step, a checkpoint or an evaluation is going on.
-        for lines in [1, 4, 8, 13] {
-            let name = format!("{how:?}-killed-{lines}");
-            let args = ["train", "R", "--set", &set(&name)];
-            let mut running = Running::of(on(&world, how, 2, &args));
-            running.wait_until(|| logged(&world, &name) >= lines);
-            running.kill();
-            ok(&world, how, 2, &[&args[..], &["--resume"]].concat());
-            assert!(left(&world, &name) == left(&world, &whole), "{name} differs from {whole}");
-        }
+    ok(&world, How::Threads, 2, &["train", "R", "--set", "name=whole"]);
+    // Killed so that nobody can clean up, while a step, a checkpoint or an evaluation is going on.
+    for lines in [1, 4, 8, 13] {
+        let name = format!("killed-{lines}");
+        let args = ["train", "R", "--set", &set(&name)];
+        let mut running = Running::of(on(&world, How::Threads, 2, &args));
+        running.wait_until(|| logged(&world, &name) >= lines);
+        running.kill();
+        ok(&world, How::Threads, 2, &[&args[..], &["--resume"]].concat());
+        assert!(left(&world, &name) == left(&world, "whole"), "{name} differs from the whole run");
     }
 }
+
+/// One rank of three is killed again and again, at random steps; the others end with an error each time.
+#[cfg(feature = "mpi")]
+#[test]
+fn parallel_a_killed_rank_ends_the_others_and_the_run_goes_on_to_the_same_bits() {
+    let Some(world) = world() else { return };
+    let (how, ranks) = (How::Processes, 3);
+    ok(&world, how, ranks, &["train", "R", "--set", "name=whole"]);
+    let steps = logged(&world, "whole");
+    let mut lcg = specforge_testkit::Lcg::new(11);
+    let mut killed = 0;
+    for run in 0..KILLED_RUNS {
+        let name = format!("killed-{run}");
+        let set = set(&name);
+        let args =
+            ["train", "R", "--set", &set, "--set", "train.auto-resume=true", "--set", "train.save-every=2"];
+        let mut lines = 0;
+        while lines < steps {
+            lines += 1 + lcg.below(7);
+            let mut running = Running::of(on(&world, how, ranks, &args));
+            running.wait_until(|| logged(&world, &name) >= lines);
+            let started = std::time::Instant::now();
+            let ran = running.kill_child(lcg.below(ranks));
+            if let Some(ran) = ran.filter(|ran| ran.code != Some(0)) {
+                killed += 1;
+                assert!(started.elapsed().as_secs() < 15, "the others went on");
+                assert!(ran.stderr.contains("signal 9"), "{}", ran.stderr);
+            }
+        }
+        ok(&world, how, ranks, &args);
+        assert!(left(&world, &name) == left(&world, "whole"), "{name} differs from the whole run");
+        assert_eq!(tokens(&world, &name), tokens(&world, "whole"), "every row once an epoch");
+    }
+    assert!(killed >= 3 * KILLED_RUNS, "only {killed} kills found the ranks at work");
+}
+
+/// Runs that are killed half a dozen times each.
+#[cfg(feature = "mpi")]
+const KILLED_RUNS: usize = 2;
 
 #[test]
 fn parallel_a_signal_saves_and_says_how_to_go_on() {
@@ -148,7 +199,7 @@ fn parallel_a_run_moves_between_numbers_of_ranks() {
             let mut running = Running::of(on(&world, how, ranks, &args));
             running.wait_until(|| logged(&world, &name) >= lines);
             if lines < usize::MAX {
-                running.kill();
+                how.kill(running);
             } else {
                 assert_eq!(running.end().code, Some(0));
             }
@@ -182,9 +233,9 @@ fn parallel_a_capture_goes_on_with_another_number_of_ranks() {
         for ranks in [4, 3] {
             let mut running = Running::of(on(&world, how, ranks, &args));
             let parts = || if world.has(&store) { names(&world.path(&store)) } else { Vec::new() };
-            running.wait_until(|| parts().iter().any(|name| name.ends_with(".part")));
+            running.wait_until(|| parts().iter().any(|name| name.contains(".part")));
             std::thread::sleep(std::time::Duration::from_millis(5));
-            running.kill();
+            how.kill(running);
         }
         ok(&world, how, 2, &args);
         let verified = world.ok(&["info", &store, "--verify"]);

@@ -2,6 +2,7 @@
 //! the shortcuts (live rows, the embedding half once) against the plain form.
 
 mod parallel;
+mod shares;
 
 use std::ops::Range;
 use std::path::Path;

@@ -3,6 +3,10 @@
 
 mod collectives;
 mod mesh;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod nccl;
 mod ops;
+mod rendezvous;
 mod shard;
 mod threads;

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use specforge_nn::weights::Weights;
+use specforge_nn::weights::{View, Weights};
 use specforge_parallel::Shards;
 use specforge_tensor::{Device, Tensor};
 
@@ -61,7 +61,7 @@ impl Saved {
         if name.starts_with("step.") {
             return Some((views.first()?.to_f32(), vec![1]));
         }
-        let values: Vec<f32> = views.iter().flat_map(|view| view.to_f32()).collect();
+        let values: Vec<f32> = views.iter().flat_map(View::to_f32).collect();
         let shape = if views.len() == 1 { views[0].shape.to_vec() } else { vec![values.len()] };
         Some((values, shape))
     }

@@ -30,12 +30,20 @@ pub(crate) struct Fixture {
 
 impl Fixture {
     pub(crate) fn new() -> Self {
+        Self::on(Device::Cpu)
+    }
+
+    /// As [`Fixture::new`], trained on a device.
+    pub(crate) fn on(device: Device) -> Self {
         let folder = specforge_testkit::tempdir();
         SmallTarget::llama(1).write(folder.path());
         let info = TargetInfo::read(folder.path()).unwrap();
         let mut lcg = Lcg::new(1);
-        let mut draw =
-            || Tensor::from_f32(Device::Cpu, lcg.normals(VOCAB * WIDTH, 0.5), &[VOCAB, WIDTH]).unwrap();
+        let mut draw = || {
+            let table =
+                Tensor::from_f32(Device::Cpu, lcg.normals(VOCAB * WIDTH, 0.5), &[VOCAB, WIDTH]).unwrap();
+            table.cast(device.storage()).unwrap().to_device(device).unwrap()
+        };
         let frozen = Frozen { embedding: draw(), head: draw() };
         let config: MethodConfig = serde_json::from_value(json!({ "eagle3": { "ttt-steps": 2 } })).unwrap();
         let (method, params) = config.build(&info, &frozen, VocabMap::full(VOCAB), 1).unwrap();

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use specforge_methods::Batch;
-use specforge_parallel::{Level, Mesh, MeshShape, threads};
+use specforge_parallel::{Level, Mesh, MeshShape, nccl, threads};
 use specforge_tensor::{DType, Device};
 use specforge_testkit::{assert_close, assert_close_max};
 use specforge_train::{Checkpoints, FeatureSource, Outcome, Ranks, Result, Trainer};
@@ -268,5 +268,38 @@ fn parallel_bf16_gradients_train_about_the_same() {
     assert_ne!(reduced[0], single);
     for ((weight, got), (_, want)) in reduced[0].iter().zip(&single) {
         assert_close_max(weight, got, want, 2e-2);
+    }
+}
+
+#[expect(clippy::print_stdout, clippy::exit, reason = "what no test could go on from")]
+fn die(why: &str) {
+    println!("alarm: {why}");
+    std::process::exit(1);
+}
+
+/// Alone on a GPU, with NCCL and without: the same steps to the bit. Skipped without a GPU.
+#[test]
+fn parallel_nccl_with_one_rank_trains_to_the_same_bits() {
+    let Some(device) = Device::cuda(0).ok().filter(|_| specforge_cuda::nccl_library().path.is_some()) else {
+        println!("skipped: no GPU, or no NCCL");
+        return;
+    };
+    let fixture = Fixture::on(device);
+    let mut single = fixture.trainer("alone");
+    run(&mut single);
+    let id = nccl::unique_id().unwrap();
+    let world = nccl::join(device, &id, (0, 1), (PATIENCE, die)).unwrap();
+    for level in LEVELS {
+        let name = format!("nccl-{level:?}");
+        let mesh = Mesh::new(world.clone(), MeshShape::data(1), device).unwrap();
+        let ranks = Ranks { mesh, level, reduce: DType::F32, patience: PATIENCE };
+        let mut trainer = fixture.ranked(&name, ranks.clone());
+        let stop = &mut Script { stop_after: Some(7), ..Script::default() };
+        assert_eq!(trainer.run(&mut sound(), stop).unwrap(), Outcome::Stopped);
+        let mut resumed = fixture.ranked(&name, ranks);
+        take_up(&mut resumed);
+        run(&mut resumed);
+        assert_eq!(weights(&resumed), weights(&single), "{name}");
+        assert_eq!(log(&fixture, &name), log(&fixture, "alone"), "{name}");
     }
 }
