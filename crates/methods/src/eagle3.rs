@@ -330,9 +330,10 @@ impl Eagle3 {
         // 1. Everything that all rows share: projected states, the embedding half, step-0 keys and values. Only attention
         // reaches beyond this rank's slice of the rows.
         let slice = &plan.slice;
-        let hidden_states = match slice.rows.len() < batch.n_tokens() {
-            true => batch.hidden_states.rows(slice.rows.clone())?,
-            false => batch.hidden_states.clone(),
+        let hidden_states = if slice.rows.len() < batch.n_tokens() {
+            batch.hidden_states.rows(slice.rows.clone())?
+        } else {
+            batch.hidden_states.clone()
         };
         let g = self.project(tape, &tape.input(hidden_states))?;
         let tokens = batch.input_ids[slice.tokens.clone()].to_vec();

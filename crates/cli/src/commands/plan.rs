@@ -184,11 +184,11 @@ fn layout(args: &Args, plan: &RunPlan, dims: &Dims) -> Result<Layout> {
         Fsdp::Gradients => 2,
         Fsdp::Full => 3,
     });
-    if gpus % (tensor * sequence) != 0 {
+    if !gpus.is_multiple_of(tensor * sequence) {
         bail!("--gpus {gpus} is no multiple of --tensor {tensor} x --sequence {sequence}");
     }
     let heads = dims.num_attention_heads as u64;
-    if heads % tensor != 0 {
+    if !heads.is_multiple_of(tensor) {
         bail!("--tensor {tensor}: expected a divisor of the {heads} attention heads");
     }
     let data = gpus / (tensor * sequence);

@@ -47,7 +47,7 @@ fn tokens_may_be_assumed_and_a_store_takes_room() {
     assert!(at(&offline, "/store_bytes") > 1e6 * 2.0 * 4.0 * 32.0, "{offline:#}");
     assert!(at(&offline, "/projection/memory_bytes") < at(&online, "/projection/memory_bytes"));
     // Nobody read the conversations.
-    world.write("conversations.jsonl", "no JSON".to_owned());
+    world.write("conversations.jsonl", "no JSON");
     world.ok_json(&args);
 }
 

@@ -129,13 +129,13 @@ impl Plan {
         let sight_of = |rank: usize| -> Vec<Range<u32>> {
             let sight: Vec<Range<u32>> =
                 live_of(&of(rank)).into_iter().map(|i| self.documents[i].start..self.live[i] + 1).collect();
-            if sight.is_empty() { vec![0..0] } else { sight }
+            if sight.is_empty() { std::iter::once(0..0).collect() } else { sight }
         };
         let sights = (0..size).map(sight_of).collect();
         let own = live_of(&keys);
         let stand_in = rows.start as u32;
         let (live, documents) = if own.is_empty() {
-            (vec![stand_in], vec![stand_in..stand_in + 1])
+            (vec![stand_in], std::iter::once(stand_in..stand_in + 1).collect())
         } else {
             (
                 own.iter().map(|&i| self.live[i]).collect(),

@@ -2,7 +2,7 @@
 //! the shortcuts (live rows, the embedding half once) against the plain form.
 
 mod parallel;
-mod shares;
+mod ranks;
 
 use std::ops::Range;
 use std::path::Path;

@@ -10,7 +10,7 @@ use specforge_tensor::{
     Var, Weight,
 };
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Rows of a rank.
 const ROWS: usize = 4;
 

@@ -77,3 +77,54 @@ impl Card {
         28.0 * parameters(dims, tensor) as f64 / share as f64 / self.bandwidth
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use specforge_methods::eagle3::Config;
+
+    use super::*;
+    use crate::commands::bench::flops::{self, Sizes};
+    use crate::commands::bench::preset::Preset;
+
+    /// Milliseconds of a step by the rates: so many documents of so many tokens; online with the target.
+    fn step_ms(card: &Card, preset: Preset, [documents, each]: [usize; 2], online: bool) -> f64 {
+        let (info, steps) = (preset.info().unwrap(), Config::default().ttt_steps);
+        let dims = Dims::resolve(&Config::default(), &info, 32_000).unwrap();
+        let mut rows = Rows::default();
+        (0..documents).for_each(|_| rows.add_document(&vec![1; each], steps));
+        let target = flops::target(&Sizes::of(&info, 32_000, steps, online), &rows);
+        let draft = flops::ours(&Sizes::of_draft(&dims, steps), &rows);
+        let seconds = [
+            card.seconds(draft),
+            card.seconds(target),
+            card.moving(&dims, steps, &rows, 2),
+            card.optimizer(&dims, 1, 1),
+        ];
+        1e3 * seconds.iter().sum::<f64>()
+    }
+
+    /// The steps of BENCHMARKS.md that measured the card and not the host.
+    #[test]
+    fn the_rates_give_the_measured_steps() {
+        let [h200, h100] = [&CARDS[0], &CARDS[1]];
+        let (llama, four, eight) = (Preset::Llama3_8b, Preset::Qwen3_4b, Preset::Qwen3_8b);
+        for (card, preset, tokens, online, measured) in [
+            (h200, llama, [1, 2048], false, 58.5),
+            (h200, llama, [2, 2048], false, 112.6),
+            (h200, llama, [1, 8192], false, 242.6),
+            (h200, llama, [1, 32768], false, 1302.0),
+            (h200, eight, [2, 2048], false, 104.6),
+            (h200, llama, [2, 2048], true, 215.8),
+            (h200, four, [2, 2048], true, 126.2),
+            (h100, llama, [1, 2048], false, 61.7),
+            (h100, llama, [2, 2048], false, 114.7),
+        ] {
+            let ms = step_ms(card, preset, tokens, online);
+            let name = card.name;
+            assert!(
+                (ms / measured - 1.0).abs() < 0.12,
+                "{name} {preset:?} {tokens:?}: {ms:.1} ms, {measured}"
+            );
+        }
+    }
+}

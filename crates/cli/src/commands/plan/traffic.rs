@@ -104,13 +104,15 @@ fn sequence_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use specforge_methods::eagle3::Config;
+
     use super::*;
     use crate::commands::bench::preset::Preset;
 
     #[test]
     fn volumes_are_those_of_the_papers() {
         let info = Preset::Llama3_8b.info().unwrap();
-        let dims = Dims::resolve(&Default::default(), &info, 32_000).unwrap();
+        let dims = Dims::resolve(&Config::default(), &info, 32_000).unwrap();
         let n = parameters(&dims, 1) as f64;
         assert!((n / 425e6 - 1.0).abs() < 0.01, "{n}");
         let mut rows = Rows::default();
