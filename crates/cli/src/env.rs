@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use specforge_parallel::launch::{VARIABLES, Variables};
 use specforge_remote::Backoff;
 use specforge_remote::hub::{ENDPOINT, HubSettings};
 
@@ -42,6 +43,20 @@ fn wheel_folders(prefix: &Path) -> Vec<PathBuf> {
     let packages =
         pythons.flat_map(|python| ["site-packages", "dist-packages"].map(|name| python.join(name)));
     packages.flat_map(|packages| inside(packages.join("nvidia"))).map(|package| package.join("lib")).collect()
+}
+
+/// Set for ranks that this program has started itself.
+pub(crate) const CHILD: &str = "SPECFORGE_CHILD";
+
+/// Whether this process is one of them.
+pub(crate) fn is_child() -> bool {
+    variable(CHILD).is_some()
+}
+
+/// What a launcher of several processes says of this one.
+pub(crate) fn launch() -> Variables {
+    let value = |name: &str| variable(name)?.into_string().ok();
+    VARIABLES.iter().filter_map(|name| Some(((*name).to_owned(), value(name)?))).collect()
 }
 
 /// Where compiled kernels are kept: `SPECFORGE_CACHE`, or `specforge` in the user's cache folder.

@@ -1,9 +1,11 @@
 //! The device a command computes on, and what is known of it.
 
-use anyhow::{Context, Result};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use specforge_config::DeviceChoice;
-use specforge_cuda::{Compiler, Config, Gpu, Library, blas_version, libraries};
+use specforge_cuda::{Compiler, Config, Gpu, Library, blas_version, libraries, nccl_library};
 use specforge_tensor::Device;
 
 use crate::env;
@@ -18,18 +20,39 @@ pub(crate) fn configure() {
     });
 }
 
+/// The GPU of this process.
+static ORDINAL: AtomicUsize = AtomicUsize::new(0);
+
+/// Takes the GPU of a rank's number on its machine; the only one that there is to see, if a launcher has chosen.
+pub(crate) fn choose(local_rank: usize) -> Result<()> {
+    match Gpu::count() {
+        // Without a GPU that is for whoever asks for one to say.
+        Err(_) | Ok(0 | 1) => {}
+        Ok(n) if local_rank < n => ORDINAL.store(local_rank, Ordering::Relaxed),
+        Ok(n) => bail!(
+            "this is rank {local_rank} (from 0) of its machine, which shows {n} GPUs: start one process per GPU"
+        ),
+    }
+    Ok(())
+}
+
+/// The number of this process's GPU.
+pub(crate) fn ordinal() -> usize {
+    ORDINAL.load(Ordering::Relaxed)
+}
+
 /// The device of a choice; says in one line which it is.
 pub(crate) fn device(choice: DeviceChoice) -> Result<Device> {
     let device = match choice {
         DeviceChoice::Cpu => Device::Cpu,
-        DeviceChoice::Auto => Device::cuda(0).unwrap_or_else(|why| {
+        DeviceChoice::Auto => Device::cuda(ordinal()).unwrap_or_else(|why| {
             // A machine without a driver is no surprise; one that cannot use its card is.
             if libraries()[0].path.is_some() {
                 note!("device    cpu, because the GPU cannot be used: {why}");
             }
             Device::Cpu
         }),
-        DeviceChoice::Cuda => Device::cuda(0).context("device = \"cuda\"")?,
+        DeviceChoice::Cuda => Device::cuda(ordinal()).context("device = \"cuda\"")?,
     };
     if let Some(gpu) = device.gpu() {
         note!("device    {}", line(gpu));
@@ -77,7 +100,7 @@ pub(crate) fn facts() -> Value {
         Ok(gpu) => json!({ "device": "cuda", "gpu": line(gpu), "gpus": Gpu::count().unwrap_or(1) }),
         Err(why) => json!({ "device": "cpu", "gpu": format!("none: {why}") }),
     };
-    for library in libraries() {
+    for library in libraries().iter().chain([nccl_library()]) {
         facts[library.name] = library_line(library).into();
     }
     if let Some(cache) = env::kernel_cache() {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use specforge_config::{CaptureDType, DeviceChoice, Recipe, RunPlan, TargetDType};
 use specforge_data::{ChatTemplate, Prepared, TokenCounts, Tokenizer, Unseen, read_prompts};
-use specforge_methods::{DraftMethod, Frozen, VocabMap};
+use specforge_methods::{DraftMethod, Frozen, Ranks, VocabMap};
 use specforge_models::{Capture, Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::{CaptureSpec, Identity, Spec, TargetIdentity};
@@ -32,6 +32,11 @@ pub(crate) struct RecipeArgs {
 impl RecipeArgs {
     /// Reads the recipe and resolves it, and sets the number of threads it asks for.
     pub(crate) fn plan(&self) -> Result<RunPlan> {
+        on_this_machine(self.read()?)
+    }
+
+    /// Reads the recipe and resolves it; the device is not chosen yet.
+    pub(crate) fn read(&self) -> Result<RunPlan> {
         let recipe = Recipe::load(&self.recipe, &self.sets, &std::env::current_dir()?)?;
         let mut plan = recipe.plan;
         let written = recipe.config.target.path.unwrap_or_default();
@@ -50,12 +55,17 @@ impl RecipeArgs {
                 plan.target.path.display()
             );
         }
-        plan.device = gpu::choice(gpu::device(plan.device)?);
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads);
-        // A second pool in one process is only ever asked for by tests.
-        let _ = pool.build_global();
         Ok(plan)
     }
+}
+
+/// Chooses the device and sets the number of threads.
+pub(crate) fn on_this_machine(mut plan: RunPlan) -> Result<RunPlan> {
+    plan.device = gpu::choice(gpu::device(plan.device)?);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads);
+    // A second pool in one process is only ever asked for by tests.
+    let _ = pool.build_global();
+    Ok(plan)
 }
 
 impl RecipeArgs {
@@ -99,7 +109,7 @@ pub(crate) fn prepared(plan: &RunPlan) -> Result<Arc<Prepared>> {
 
 /// The device of a plan that [`RecipeArgs::plan`] made.
 pub(crate) fn device(plan: &RunPlan) -> Result<Device> {
-    Ok(if plan.device == DeviceChoice::Cuda { Device::cuda(0)? } else { Device::Cpu })
+    Ok(if plan.device == DeviceChoice::Cuda { Device::cuda(gpu::ordinal())? } else { Device::Cpu })
 }
 
 /// The element type for the target's weights: float32 computes fastest on a CPU, if it fits.
@@ -153,6 +163,7 @@ pub(crate) fn draft(
     info: &TargetInfo,
     frozen: &Frozen,
     data: &Prepared,
+    ranks: &Ranks,
 ) -> Result<(Box<dyn DraftMethod>, Params)> {
     let vocab = match plan.method.draft_vocab_size(info) {
         None => VocabMap::full(info.vocab_size),
@@ -167,7 +178,7 @@ pub(crate) fn draft(
             VocabMap::from_offsets(&map.d2t, info.vocab_size)?
         }
     };
-    Ok(plan.method.build(info, frozen, vocab, plan.seed)?)
+    Ok(plan.method.build_on(ranks, info, frozen, vocab, plan.seed)?)
 }
 
 /// Stands for the tokens that a draft can name, in their order.

@@ -21,12 +21,26 @@ pub(crate) fn print(result: impl Display) -> Result<()> {
 
 /// Prints a line for people to stderr; a run goes on when nobody reads it.
 macro_rules! note {
-    ($($line:tt)*) => {{
-        use std::io::Write as _;
-        let _ = writeln!(std::io::stderr(), $($line)*);
-    }};
+    ($($line:tt)*) => {
+        if !$crate::show::is_quiet() {
+            use std::io::Write as _;
+            let _ = writeln!(std::io::stderr(), $($line)*);
+        }
+    };
 }
 pub(crate) use note;
+
+thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
+
+/// Whether this thread keeps to itself what goes on: one rank of several speaks for all.
+pub(crate) fn quiet(is_quiet: bool) {
+    QUIET.set(is_quiet);
+}
+
+/// See [`quiet`].
+pub(crate) fn is_quiet() -> bool {
+    QUIET.get()
+}
 
 /// How often a line is printed where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -47,7 +61,8 @@ impl Progress {
         let template =
             format!("{{prefix:<10}} {{bar:24}} {done}/{total}  {{elapsed}} (eta {{eta}})  {{msg}}");
         let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = ProgressBar::new(0).with_style(style).with_prefix(name);
+        let bar = if is_quiet() { ProgressBar::hidden() } else { ProgressBar::new(0) };
+        let bar = bar.with_style(style).with_prefix(name);
         Self { bar, name, terminal: std::io::stderr().is_terminal(), last_line: Cell::new(Instant::now()) }
     }
 
@@ -69,7 +84,7 @@ impl Progress {
 
     /// A line above the bar.
     pub(crate) fn line(&self, line: &str) {
-        if self.terminal {
+        if self.terminal && !is_quiet() {
             self.bar.println(line);
         } else {
             note!("{line}");

@@ -4,7 +4,7 @@
 //! draft, and every optimizer step. The length of the run is part of it, because schedules fall over all of it.
 //!
 //! Not part of it: names and paths, since folders move and contents are known by their hashes, which the trainer keeps
-//! beside the plan; the number of threads; the cadence of log, evaluation and checkpoints; how the draft is measured
+//! beside the plan; the number of threads and of ranks, which changes no more than the order of sums; the cadence of log, evaluation and checkpoints; how the draft is measured
 //! and exported; whether bf16 states are computed or read from a store that keeps them exactly.
 
 use std::collections::BTreeMap;
@@ -34,6 +34,7 @@ impl RunPlan {
             store: StorePlan { path: _, encoding, shard_bytes: _ },
             method,
             train,
+            parallel: _,
             eval: _,
             export: _,
         } = self;

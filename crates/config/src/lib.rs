@@ -19,10 +19,13 @@ mod run;
 mod text;
 
 pub use error::{Error, Place, Problem, Result};
-pub use plan::{DataPlan, EvalPlan, ExportPlan, Length, RunPlan, StorePlan, TargetPlan, TrainPlan};
+pub use plan::{
+    DataPlan, EvalPlan, ExportPlan, Length, ParallelPlan, RunPlan, StorePlan, TargetPlan, TrainPlan,
+};
 pub use provenance::{Origin, Provenance};
 pub use recipe::{Recipe, Setting};
 pub use run::{
-    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, ExportConfig, Mode, OnOom,
-    RunConfig, StoreConfig, TargetConfig, TargetDType, TrainConfig,
+    CaptureConfig, CaptureDType, DataConfig, DataFormat, DeviceChoice, EvalConfig, Exchange, ExportConfig,
+    Fsdp, Mode, OnOom, ParallelConfig, ReduceDType, RunConfig, StoreConfig, TargetConfig, TargetDType,
+    TrainConfig,
 };

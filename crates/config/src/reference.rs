@@ -34,6 +34,7 @@ struct Table {
 }
 
 const RUN: &str = include_str!("run.rs");
+const PARALLEL: &str = include_str!("run/parallel.rs");
 const TRAINING: &str = include_str!("run/training.rs");
 const EVALUATION: &str = include_str!("run/evaluation.rs");
 // The tables of other crates are documented where they are read.
@@ -46,7 +47,7 @@ const EAGLE3: &str = include_str!("../../methods/src/eagle3/config.rs");
 const OPTIMIZER: &str = include_str!("../../nn/src/optimizer/config.rs");
 const SCHEDULE: &str = include_str!("../../nn/src/schedule.rs");
 
-const TABLES: [Table; 14] = [
+const TABLES: [Table; 15] = [
     Table { name: "", source: RUN, structure: "RunConfig" },
     Table { name: "target", source: RUN, structure: "TargetConfig" },
     Table { name: "data", source: RUN, structure: "DataConfig" },
@@ -59,12 +60,13 @@ const TABLES: [Table; 14] = [
     Table { name: "train", source: TRAINING, structure: "TrainConfig" },
     Table { name: "train.optimizer", source: OPTIMIZER, structure: "AdamWConfig" },
     Table { name: "train.schedule", source: SCHEDULE, structure: "ScheduleConfig" },
+    Table { name: "parallel", source: PARALLEL, structure: "ParallelConfig" },
     Table { name: "eval", source: EVALUATION, structure: "EvalConfig" },
     Table { name: "export", source: EVALUATION, structure: "ExportConfig" },
 ];
 
 /// Files in which the enums of the keys are looked up.
-const ENUMS: [&str; 6] = [RUN, TRAINING, PREPARE, STORE, EAGLE3, SCHEDULE];
+const ENUMS: [&str; 7] = [RUN, TRAINING, PARALLEL, PREPARE, STORE, EAGLE3, SCHEDULE];
 
 const HEAD: &str = "\
 # Recipe reference

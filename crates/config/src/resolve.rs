@@ -3,6 +3,8 @@
 //!
 //! Every table is taken apart in full, so that a new key that nobody resolves does not compile.
 
+mod parallel;
+
 use std::path::{Component, Path, PathBuf};
 
 use specforge_data::{MaskCompat, NamedTemplate, RowFormat, Source, TemplateOptions};
@@ -46,6 +48,7 @@ fn run(config: RunConfig, check: &mut Check<'_>) -> Option<RunPlan> {
         store,
         method,
         train,
+        parallel,
         eval,
         export,
     } = config;
@@ -57,6 +60,7 @@ fn run(config: RunConfig, check: &mut Check<'_>) -> Option<RunPlan> {
     let data = data_plan(data, &output_dir, check);
     let store = store_plan(store, &capture, &run_dir, check);
     let train = train_plan(train, data.max_length, check);
+    let parallel = parallel::plan(parallel, check);
     let eval = eval_plan(eval, data.eval_fraction, check);
     let export = export_plan(export, &run_dir, check);
     let target = target_plan(target, check);
@@ -73,6 +77,7 @@ fn run(config: RunConfig, check: &mut Check<'_>) -> Option<RunPlan> {
         store,
         method: required_method(method, check)?,
         train,
+        parallel,
         eval,
         export,
     })

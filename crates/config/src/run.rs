@@ -2,6 +2,7 @@
 //! from them.
 
 mod evaluation;
+mod parallel;
 mod training;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use specforge_methods::MethodConfig;
 use specforge_store::Encoding;
 
 pub use evaluation::{EvalConfig, ExportConfig};
+pub use parallel::{Exchange, Fsdp, ParallelConfig, ReduceDType};
 pub use training::{OnOom, TrainConfig};
 
 /// A recipe. Relative paths are relative to the current directory of the command, not to the recipe file.
@@ -42,6 +44,8 @@ pub struct RunConfig {
     pub method: Option<MethodConfig>,
     /// The training.
     pub train: TrainConfig,
+    /// Many ranks.
+    pub parallel: ParallelConfig,
     /// The measurement of the acceptance length.
     pub eval: EvalConfig,
     /// The exported folder.
@@ -63,6 +67,7 @@ impl Default for RunConfig {
             store: StoreConfig::default(),
             method: None,
             train: TrainConfig::default(),
+            parallel: ParallelConfig::default(),
             eval: EvalConfig::default(),
             export: ExportConfig::default(),
         }

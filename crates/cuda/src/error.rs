@@ -74,6 +74,14 @@ pub enum Error {
         /// The compiler's log.
         log: String,
     },
+    /// A call between devices failed.
+    #[error("NCCL: {call} failed: {why}")]
+    Nccl {
+        /// What was called.
+        call: &'static str,
+        /// NCCL's words.
+        why: String,
+    },
     /// cuBLASLt refused a matrix product.
     #[error("cuBLASLt: {0}")]
     Blas(String),

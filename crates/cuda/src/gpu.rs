@@ -230,6 +230,11 @@ impl Event {
         unsafe { result::event::query(self.handle) }.is_ok()
     }
 
+    /// Whether the stream of a device has passed it, asked from any thread.
+    pub fn is_passed(&self, gpu: &Gpu) -> bool {
+        gpu.bind().is_ok() && self.is_done()
+    }
+
     /// Waits until the stream has passed it.
     pub fn wait(&self) -> Result<()> {
         // SAFETY: the handle is valid.

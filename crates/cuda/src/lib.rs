@@ -13,6 +13,7 @@ mod error;
 mod gpu;
 mod libraries;
 mod memory;
+mod nccl;
 mod pinned;
 mod unit;
 
@@ -23,8 +24,9 @@ pub use blas::{Gemm, GemmType, Operand, blas_version};
 pub use compiler::{Architecture, Compiler};
 pub use error::{Error, Result};
 pub use gpu::{Event, Gpu, Properties};
-pub use libraries::{Library, libraries};
+pub use libraries::{Library, libraries, nccl_library};
 pub use memory::{Memory, Usage};
+pub use nccl::{Communicator, Element, Reduction, unique_id};
 pub use pinned::Readback;
 pub use unit::{Arg, Defines, Launch, Unit};
 

@@ -12,7 +12,7 @@ use crate::{Error, Result, config};
 /// A library of CUDA on this machine.
 #[derive(Debug, Clone)]
 pub struct Library {
-    /// Short name: `cuda`, `nvrtc`, `cublasLt`.
+    /// Short name: `cuda`, `nvrtc`, `cublasLt`, `nccl`.
     pub name: &'static str,
     /// The file, if it was found.
     pub path: Option<PathBuf>,
@@ -39,6 +39,8 @@ impl Library {
 const DRIVER: [&str; 1] = ["libcuda.so.1"];
 const NVRTC: [&str; 2] = ["libnvrtc.so.13", "libnvrtc.so.12"];
 const CUBLAS_LT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
+const NCCL: [&str; 1] = ["libnccl.so.2"];
+const NCCL_REMEDY: &str = "several ranks on GPUs need it: install it with `pip install nvidia-nccl-cu13` (or -cu12), or name its folder in LD_LIBRARY_PATH";
 const DRIVER_REMEDY: &str = "install NVIDIA's driver";
 const NVRTC_REMEDY: &str = "install it with `pip install nvidia-cuda-nvrtc` or the CUDA toolkit (12 or 13), or name its folder in LD_LIBRARY_PATH";
 const BLAS_REMEDY: &str = "install it with `pip install nvidia-cublas` or the CUDA toolkit (12 or 13), or name its folder in LD_LIBRARY_PATH";
@@ -59,6 +61,12 @@ pub fn libraries() -> &'static [Library; 3] {
         nvrtc.path.as_deref().and_then(Path::parent).into_iter().for_each(load_builtins);
         [driver, nvrtc, load("cublasLt", &order(CUBLAS_LT), BLAS_REMEDY)]
     })
+}
+
+/// NCCL, which only several ranks need; loaded once per process.
+pub fn nccl_library() -> &'static Library {
+    static FOUND: OnceLock<Library> = OnceLock::new();
+    FOUND.get_or_init(|| load("nccl", &NCCL, NCCL_REMEDY))
 }
 
 /// The CUDA version of the driver, 13000 for 13.0; only after the driver was found.

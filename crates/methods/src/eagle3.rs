@@ -12,6 +12,8 @@ mod config;
 mod dims;
 mod drafter;
 mod plan;
+mod reach;
+mod shares;
 #[cfg(test)]
 mod tests;
 
@@ -21,16 +23,18 @@ use specforge_models::{Capture, TargetInfo};
 use specforge_nn::init;
 use specforge_nn::rope::RopeTables;
 use specforge_tensor::{
-    Attention, AttentionShape, Collected, KeyValue, LossFigures, ParamId, Params, Part, Rope, SoftTargetLoss,
-    Tape, Tensor, Var, Weight,
+    AttentionShape, Collected, LossFigures, ParamId, Params, Part, Rope, SoftTargetLoss, Tape, Tensor, Var,
+    Weight,
 };
 
 pub use self::config::{Config, LossMask, Normalization, ObjectiveName};
 pub use self::dims::Dims;
 use self::dims::N_CAPTURED;
 use self::plan::{At, Plan};
+use self::reach::Reach;
 use crate::{
-    Batch, DraftMethod, Drafter, Error, Frozen, Loss, Metric, PendingLoss, Ratio, Result, Teacher, VocabMap,
+    Batch, DraftMethod, Drafter, Error, Frozen, Loss, Metric, PendingLoss, Ranks, Ratio, Result, Sequence,
+    Teacher, VocabMap,
 };
 
 /// The method's name.
@@ -56,7 +60,8 @@ struct Modules {
 }
 
 impl Modules {
-    fn find(params: &Params, dims: &Dims) -> Result<Self> {
+    fn find(params: &Params, dims: &Dims, ranks: &Ranks) -> Result<Self> {
+        let shared = ranks.tensor();
         let id = |name: &str| {
             let reason = "missing".to_owned();
             params.find(name).ok_or(Error::Weight { name: name.to_owned(), reason })
@@ -64,8 +69,12 @@ impl Modules {
         let weight = |name: &str| id(name).map(Weight::of);
         let fc_norm = if dims.fc_norm { 0..N_CAPTURED } else { 0..0 };
         let attention = |name: &str| weight(&format!("midlayer.self_attn.{name}.weight"));
-        let (q_proj, k_proj, v_proj) = (attention("q_proj")?, attention("k_proj")?, attention("v_proj")?);
-        let (gate, up) = (weight("midlayer.mlp.gate_proj.weight")?, weight("midlayer.mlp.up_proj.weight")?);
+        let outputs = |weight: Result<Weight>| weight.map(|weight| weight.sharing_outputs(shared));
+        let [q_proj, k_proj, v_proj] = ["q_proj", "k_proj", "v_proj"].map(|name| outputs(attention(name)));
+        let (q_proj, k_proj, v_proj) = (q_proj?, k_proj?, v_proj?);
+        let [gate, up] =
+            ["gate", "up"].map(|name| outputs(weight(&format!("midlayer.mlp.{name}_proj.weight"))));
+        let (gate, up) = (gate?, up?);
         Ok(Self {
             embed_tokens: id("embed_tokens.weight")?,
             fc: weight("fc.weight")?,
@@ -75,10 +84,10 @@ impl Modules {
             kv_proj: Weight::stacked(&[&k_proj, &v_proj]),
             qkv_proj: Weight::stacked(&[&q_proj, &k_proj, &v_proj]),
             q_proj,
-            o_proj: attention("o_proj")?,
+            o_proj: attention("o_proj")?.sharing_inputs(shared),
             post_attention_layernorm: id("midlayer.post_attention_layernorm.weight")?,
             gate_up_proj: Weight::stacked(&[&gate, &up]),
-            down_proj: weight("midlayer.mlp.down_proj.weight")?,
+            down_proj: weight("midlayer.mlp.down_proj.weight")?.sharing_inputs(shared),
             norm: id("norm.weight")?,
             lm_head: id("lm_head.weight")?,
         })
@@ -93,7 +102,8 @@ pub struct Eagle3 {
     capture: Capture,
     vocab: VocabMap,
     modules: Modules,
-    /// The rows of the target's head that the draft vocabulary keeps, `[Vd, Ht]`.
+    ranks: Ranks,
+    /// The rows of the target's head that the draft vocabulary keeps, `[Vd, Ht]`; this rank's where it is shared.
     teacher_head: Tensor,
     rope: RopeTables,
     /// Whether the head reads the normed state. Always, but for one of SpecForge's reference cases.
@@ -111,11 +121,23 @@ impl Eagle3 {
         vocab: VocabMap,
         seed: u64,
     ) -> Result<(Self, Params)> {
+        Self::new_on(&Ranks::default(), config, target, frozen, vocab, seed)
+    }
+
+    /// As [`Eagle3::new`], for one of several ranks: the same weights, of which it holds its pieces.
+    pub fn new_on(
+        ranks: &Ranks,
+        config: &Config,
+        target: &TargetInfo,
+        frozen: &Frozen,
+        vocab: VocabMap,
+        seed: u64,
+    ) -> Result<(Self, Params)> {
         let device = frozen.head.device();
         let draw = |name: &str, shape: &[usize]| {
             Ok(init::normal(device, shape, config.initializer_range, seed, name)?)
         };
-        Self::drawn(config, target, frozen, vocab, draw)
+        Self::drawn_on(ranks, config, target, frozen, vocab, draw)
     }
 
     /// As [`Eagle3::new`], with matrices that `draw` makes from name and shape: for measuring, on the device itself.
@@ -126,20 +148,38 @@ impl Eagle3 {
         vocab: VocabMap,
         draw: impl Fn(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<(Self, Params)> {
+        Self::drawn_on(&Ranks::default(), config, target, frozen, vocab, draw)
+    }
+
+    fn drawn_on(
+        ranks: &Ranks,
+        config: &Config,
+        target: &TargetInfo,
+        frozen: &Frozen,
+        vocab: VocabMap,
+        draw: impl Fn(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<(Self, Params)> {
         let dims = Dims::resolve(config, target, vocab.len())?;
+        shares::check(config, &dims, ranks)?;
         let device = frozen.head.device();
         let mut params = Params::new();
         for (name, shape) in dims.weights() {
-            if name == "embed_tokens.weight" && frozen.embedding.shape() == shape {
-                params.add(name, frozen.embedding.clone(), false);
+            let shared_table = shares::table_split(frozen, &shape, ranks);
+            if name == "embed_tokens.weight" && (frozen.embedding.shape() == shape || shared_table.is_some())
+            {
+                let id = params.add(name, frozen.embedding.clone(), false);
+                params.get_mut(id).split = shared_table;
             } else if name.ends_with("norm.weight") || name.starts_with("fc_norm") {
                 params.add(name, init::constant(device, &shape, 1.0)?, true);
             } else {
-                let value = draw(&name, &shape)?;
-                params.add(name, value, true);
+                let split = ranks.tensor().and_then(|ranks| shares::split_of(&name, &dims, ranks));
+                let whole = draw(&name, &shape)?;
+                let value = split.map_or(Ok(whole.clone()), |split| split.cut(&whole))?;
+                let id = params.add(name, value, true);
+                params.get_mut(id).split = split;
             }
         }
-        let method = Self::over(config, dims, config.capture(target)?, frozen, vocab, &params)?;
+        let method = Self::over_on(ranks, config, dims, config.capture(target)?, frozen, vocab, &params)?;
         for together in [&method.modules.qkv_proj, &method.modules.gate_up_proj] {
             params.stack(together.params())?;
         }
@@ -155,19 +195,31 @@ impl Eagle3 {
         vocab: VocabMap,
         params: &Params,
     ) -> Result<Self> {
+        Self::over_on(&Ranks::default(), config, dims, capture, frozen, vocab, params)
+    }
+
+    /// As [`Eagle3::over`], for one of several ranks that share the work on a batch: `params` holds its pieces.
+    pub fn over_on(
+        ranks: &Ranks,
+        config: &Config,
+        dims: Dims,
+        capture: Capture,
+        frozen: &Frozen,
+        vocab: VocabMap,
+        params: &Params,
+    ) -> Result<Self> {
         config.check()?;
-        let device = frozen.head.device();
-        let kept = Tensor::from_u32(device, vocab.target_ids().to_vec());
-        let head = Tape::inference(params).input(frozen.head.clone());
-        let teacher_head = Tape::inference(params).gather_rows(&head, &kept)?.value().clone();
-        let rope = RopeTables::new(dims.rope.clone(), device);
-        let modules = Modules::find(params, &dims)?;
+        shares::check(config, &dims, ranks)?;
+        let rope = RopeTables::new(dims.rope.clone(), frozen.head.device());
+        let modules = Modules::find(params, &dims, ranks)?;
+        let teacher_head = shares::teacher_head(frozen, &vocab, &dims, ranks)?;
         Ok(Self {
             config: config.clone(),
             dims,
             capture,
             vocab,
             modules,
+            ranks: ranks.clone(),
             teacher_head,
             rope,
             head_norm: true,
@@ -177,11 +229,21 @@ impl Eagle3 {
 
     fn attention_shape(&self) -> AttentionShape {
         AttentionShape {
-            n_heads: self.dims.num_attention_heads,
-            n_kv_heads: self.dims.num_key_value_heads,
+            n_heads: self.n_heads(),
+            n_kv_heads: self.n_kv_heads(),
             head_dim: self.dims.head_dim,
             scale: (self.dims.head_dim as f32).powf(-0.5),
         }
+    }
+
+    /// Query heads of this rank.
+    fn n_heads(&self) -> usize {
+        self.dims.num_attention_heads / self.ranks.tensor().map_or(1, |ranks| ranks.size())
+    }
+
+    /// Key-value heads of this rank, at least one.
+    fn n_kv_heads(&self) -> usize {
+        (self.dims.num_key_value_heads / self.ranks.tensor().map_or(1, |ranks| ranks.size())).max(1)
     }
 
     fn eps(&self) -> f32 {
@@ -210,7 +272,8 @@ impl Eagle3 {
     /// The embedding half of q, k and v for every token, `[T, ..]`: the same at every step but for the row read.
     fn embedding_half(&self, tape: &Tape<'_>, input_ids: &Tensor) -> Result<Var> {
         let m = &self.modules;
-        let e = tape.embedding(m.embed_tokens, input_ids)?;
+        let shared = self.ranks.tensor().filter(|_| tape.params().get(m.embed_tokens).split.is_some());
+        let e = tape.embedding_shared(m.embed_tokens, input_ids, shared)?;
         let e = tape.rms_norm(&e, m.input_layernorm, self.eps())?;
         Ok(tape.linear(&e, &m.qkv_proj.columns(0..self.dims.hidden_size))?)
     }
@@ -232,23 +295,23 @@ impl Eagle3 {
 
     /// Queries alone, `[R, N·D]`.
     fn queries(&self, tape: &Tape<'_>, states: (&Var, &Var), at: &At) -> Result<Var> {
-        self.attend(tape, states, (&self.modules.q_proj, 0, self.dims.num_attention_heads), at)
+        self.attend(tape, states, (&self.modules.q_proj, 0, self.n_heads()), at)
     }
 
     /// Keys, then values, `[R, 2·G·D]`.
     fn keys_values(&self, tape: &Tape<'_>, states: (&Var, &Var), at: &At) -> Result<Var> {
-        let what = (&self.modules.kv_proj, self.query_width(), self.dims.num_key_value_heads);
+        let what = (&self.modules.kv_proj, self.query_width(), self.n_kv_heads());
         self.attend(tape, states, what, at)
     }
 
     /// Queries, keys, values, `[R, (N + 2·G)·D]`.
     fn queries_keys_values(&self, tape: &Tape<'_>, states: (&Var, &Var), at: &At) -> Result<Var> {
-        let n_heads = self.dims.num_attention_heads + self.dims.num_key_value_heads;
+        let n_heads = self.n_heads() + self.n_kv_heads();
         self.attend(tape, states, (&self.modules.qkv_proj, 0, n_heads), at)
     }
 
     fn query_width(&self) -> usize {
-        self.dims.num_attention_heads * self.dims.head_dim
+        self.n_heads() * self.dims.head_dim
     }
 
     /// The rest of the layer for states `h` whose attention is `a`: both residual branches.
@@ -264,15 +327,23 @@ impl Eagle3 {
     fn unroll(&self, tape: &Tape<'_>, batch: &Batch, plan: &Plan) -> Result<Var> {
         let m = &self.modules;
         let device = batch.hidden_states.device();
-        // 1. Everything that all rows share: projected states, the embedding half, step-0 keys and values.
-        let g = self.project(tape, &tape.input(batch.hidden_states.clone()))?;
-        let half = self.embedding_half(tape, &Tensor::from_u32(device, batch.input_ids.clone()))?;
+        // 1. Everything that all rows share: projected states, the embedding half, step-0 keys and values. Only attention
+        // reaches beyond this rank's slice of the rows.
+        let slice = &plan.slice;
+        let hidden_states = if slice.rows.len() < batch.n_tokens() {
+            batch.hidden_states.rows(slice.rows.clone())?
+        } else {
+            batch.hidden_states.clone()
+        };
+        let g = self.project(tape, &tape.input(hidden_states))?;
+        let tokens = batch.input_ids[slice.tokens.clone()].to_vec();
+        let half = self.embedding_half(tape, &Tensor::from_u32(device, tokens))?;
         let n = tape.rms_norm(&g, m.hidden_norm, self.eps())?;
-        let base = self.keys_values(tape, (&n, &half), &Plan::all_rows(batch, device))?;
-        let (shape, spans) = (self.attention_shape(), plan.spans(device));
-        let base = KeyValue::packed(&base, 0, shape);
+        let reach = Reach::new(plan, self.attention_shape(), self.ranks.sequence(), device);
+        let base = self.keys_values(tape, (&n, &half), &plan.all_rows(batch, device))?;
+        let base = reach.base(tape, &base)?;
         // 2. From here on only live rows.
-        let live = Tensor::from_u32(device, plan.live.clone());
+        let live = plan.live_in_slice(device);
         let (mut h, mut n) = (tape.gather_rows(&g, &live)?, tape.gather_rows(&n, &live)?);
         let (mut extras, mut states) = (Vec::new(), Vec::new());
         for step in 0..self.config.ttt_steps {
@@ -281,12 +352,10 @@ impl Eagle3 {
                 self.queries(tape, (&n, &half), &at)?
             } else {
                 let qkv = self.queries_keys_values(tape, (&n, &half), &at)?;
-                extras.push((KeyValue::packed(&qkv, self.query_width(), shape), None));
+                extras.push((reach.extra(tape, &qkv, self.query_width())?, None));
                 qkv
             };
-            let query = Part::new(&q, 0);
-            let a =
-                tape.attention(&Attention { shape, query, base: &base, spans: &spans, extras: &extras })?;
+            let a = reach.attention(tape, &q, &base, &extras)?;
             // 3. This step's output: to the head, and to the next step.
             let out = self.finish_layer(tape, &h, &a)?;
             let normed = if self.dims.norm_output { tape.rms_norm(&out, m.norm, self.eps())? } else { out };
@@ -322,9 +391,13 @@ impl Eagle3 {
     /// The logits of the draft vocabulary: `[T, V]` to `[T, Vd]`.
     fn kept_columns(&self, logits: &Tensor) -> Result<Tensor> {
         let ((t, v), values) = (logits.rows_cols(), logits.f32s());
-        let row = |r: usize| self.vocab.target_ids().iter().map(move |&id| r * v + id as usize);
+        // This rank's piece of the draft vocabulary.
+        let n = self.teacher_head.rows_cols().0;
+        let first = self.ranks.tensor().map_or(0, |ranks| ranks.rank() * n);
+        let ids = &self.vocab.target_ids()[first..first + n];
+        let row = |r: usize| ids.iter().map(move |&id| r * v + id as usize);
         let kept = (0..t).flat_map(row).map(|i| values[i]).collect();
-        Ok(Tensor::from_f32(logits.device(), kept, &[t, self.vocab.len()])?)
+        Ok(Tensor::from_f32(logits.device(), kept, &[t, n])?)
     }
 }
 
@@ -358,6 +431,10 @@ impl DraftMethod for Eagle3 {
         }
         let teacher = self.teacher(&batch.teacher)?;
         let plan = Plan::new(self, batch, &teacher.argmax);
+        let plan = match self.ranks.sequence() {
+            Some(Sequence { ranks, .. }) => plan.share((ranks.rank(), ranks.size()), self.config.ttt_steps),
+            None => plan,
+        };
         // 2. The steps.
         let x = self.unroll(tape, batch, &plan)?;
         // 3. Head and loss, fused.
@@ -368,7 +445,7 @@ impl DraftMethod for Eagle3 {
         } else {
             specforge_tensor::Teacher::Hidden { hidden: &teacher.rows, head: &self.teacher_head }
         };
-        let stats = tape.soft_target_loss(&SoftTargetLoss {
+        let loss = SoftTargetLoss {
             x: &x,
             head: self.modules.lm_head,
             teacher: soft_teacher,
@@ -376,9 +453,10 @@ impl DraftMethod for Eagle3 {
             rows: &plan.rows,
             objective: self.config.objective(),
             group_weight: &group_weight,
-        })?;
+        };
+        let stats = tape.soft_target_loss_shared(&loss, self.ranks.tensor())?;
         // 4. Figures, when they are there.
-        let (weight, target_ids) = (plan.rows.total_weight, self.vocab.target_ids().to_vec());
+        let (weight, target_ids) = (plan.weight, self.vocab.target_ids().to_vec());
         let loss = stats.map(move |figures| report(&plan, &figures, &target_ids, &group_weight));
         Ok(PendingLoss { weight, loss })
     }

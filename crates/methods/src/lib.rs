@@ -9,9 +9,11 @@
 
 mod batch;
 pub mod eagle3;
+mod ranks;
 mod vocab;
 
 pub use batch::{Batch, Loss, Metric, PendingLoss, Ratio, Teacher};
+pub use ranks::{Exchange, Ranks, Sequence};
 pub use vocab::VocabMap;
 
 use std::collections::BTreeMap;
@@ -125,9 +127,23 @@ impl MethodConfig {
         vocab: VocabMap,
         seed: u64,
     ) -> Result<(Box<dyn DraftMethod>, Params)> {
+        self.build_on(&Ranks::default(), target, frozen, vocab, seed)
+    }
+
+    /// As [`MethodConfig::build`], for one of several ranks that share the work on a batch: the same weights as one would
+    /// draw alone, of which it holds what [`specforge_tensor::Param::split`] says. The frozen parts are whole, or the
+    /// rank's rows of them where the target is shared by the same ranks.
+    pub fn build_on(
+        &self,
+        ranks: &Ranks,
+        target: &TargetInfo,
+        frozen: &Frozen,
+        vocab: VocabMap,
+        seed: u64,
+    ) -> Result<(Box<dyn DraftMethod>, Params)> {
         match self {
             Self::Eagle3(config) => {
-                let (method, params) = eagle3::Eagle3::new(config, target, frozen, vocab, seed)?;
+                let (method, params) = eagle3::Eagle3::new_on(ranks, config, target, frozen, vocab, seed)?;
                 Ok((Box::new(method), params))
             }
         }

@@ -27,6 +27,8 @@ pub(crate) struct Architecture {
     pub settings: fn(Value) -> Value,
     /// What stands around the decoder layers.
     pub frame: fn(&TargetInfo) -> Result<Frame>,
+    /// Whether its layers can be shared by ranks: they declare all that is split as the loader's `outputs` and `inputs`.
+    pub is_shared: bool,
     /// Builds the decoder layers.
     pub layers: fn(&TargetInfo, &mut Loader<'_>) -> Result<Layers>,
 }
@@ -39,8 +41,12 @@ const LLAMA: Architecture = Architecture {
     activations: &["silu", "swish"],
     settings: |config| config,
     frame: |_| Ok(Frame::default()),
+    is_shared: false,
     layers: llama::layers,
 };
+
+/// As Llama, and its layers can be shared by ranks.
+const SHARED: Architecture = Architecture { is_shared: true, ..LLAMA };
 
 const GEMMA2: Architecture = Architecture {
     activations: &["gelu_pytorch_tanh"],
@@ -74,12 +80,12 @@ const QWEN3_5_MOE: Architecture = Architecture { layers: qwen3_5::moe_layers, ..
 /// All architectures: a new one is a file and a line here.
 #[rustfmt::skip]
 const KNOWN: [Architecture; 25] = [
-    LLAMA,
-    Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", layers: qwen2::layers, ..LLAMA },
-    Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", head_dim: Some(128), layers: qwen3::layers, ..LLAMA },
-    Architecture { name: "MistralForCausalLM", model_type: "mistral", layers: mistral::layers, ..LLAMA },
+    SHARED,
+    Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", layers: qwen2::layers, ..SHARED },
+    Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", head_dim: Some(128), layers: qwen3::layers, ..SHARED },
+    Architecture { name: "MistralForCausalLM", model_type: "mistral", layers: mistral::layers, ..SHARED },
     Architecture { name: "Phi3ForCausalLM", model_type: "phi3", layers: phi3::layers, ..LLAMA },
-    Architecture { name: "GraniteForCausalLM", model_type: "granite", frame: granite::frame, layers: granite::layers, ..LLAMA },
+    Architecture { name: "GraniteForCausalLM", model_type: "granite", frame: granite::frame, layers: granite::layers, ..SHARED },
     Architecture { name: "Olmo2ForCausalLM", model_type: "olmo2", layers: olmo2::layers, ..LLAMA },
     Architecture { name: "Glm4ForCausalLM", model_type: "glm4", layers: glm4::layers, ..LLAMA },
     Architecture { name: "Gemma2ForCausalLM", model_type: "gemma2", ..GEMMA2 },
@@ -110,6 +116,11 @@ pub(crate) fn of(path: &Path, config: &Value) -> Result<&'static Architecture> {
         None => KNOWN.iter().find(|a| Some(a.model_type) == typed),
     };
     found.ok_or_else(|| unknown(path, named.or(typed).unwrap_or("(none is named)")))
+}
+
+/// The architectures whose layers can be shared by ranks.
+pub(crate) fn shared() -> String {
+    KNOWN.iter().filter(|a| a.is_shared).map(|a| a.name).collect::<Vec<_>>().join(", ")
 }
 
 fn unknown(path: &Path, got: &str) -> Error {

@@ -35,6 +35,7 @@ impl FinalNorm {
             quantization: Quantization::of(info)?,
             norm_offset,
             prefix,
+            ranks: None,
         };
         let weight = loader.at(frame.body).norm(frame.norm, info.hidden_size)?;
         Ok(Self { params, weight, eps: info.rms_norm_eps as f32 })

@@ -74,8 +74,8 @@ impl GraniteLayer {
         let bias = config.attention_bias;
         Ok(Self {
             input_layernorm: loader.norm("input_layernorm", h)?,
-            qkv_proj: loader.stacked(&qkv(q, kv), h, bias)?,
-            o_proj: loader.linear("self_attn.o_proj", q, h, bias)?,
+            qkv_proj: loader.stacked_outputs(&qkv(q, kv), h, info.head_dim, bias)?,
+            o_proj: loader.inputs("self_attn.o_proj", q, h, bias)?,
             post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
             mlp: Mlp::new(info, config.mlp_bias, &mut loader.at("mlp"))?,
             residual_multiplier: config.residual_multiplier,

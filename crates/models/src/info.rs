@@ -174,6 +174,24 @@ impl TargetInfo {
         Err(self.wrong("final_logit_softcapping", why))
     }
 
+    /// What one of `size` ranks computes of it (tensor parallel): some heads and some of the MLP. Fails where that does
+    /// not come out even.
+    pub(crate) fn share(&self, size: usize) -> Result<Self> {
+        let even = |key: &str, n: usize| {
+            let why = format!("{size} ranks share it (parallel.tensor), expected a multiple of {size}");
+            if n.is_multiple_of(size) { Ok(n / size) } else { Err(self.wrong(key, why)) }
+        };
+        even("vocab_size", self.vocab_size)?;
+        let n_kv_heads = if size.is_multiple_of(self.n_kv_heads) {
+            1
+        } else {
+            even("num_key_value_heads", self.n_kv_heads)?
+        };
+        let n_heads = even("num_attention_heads", self.n_heads)?;
+        let intermediate_size = even("intermediate_size", self.intermediate_size)?;
+        Ok(Self { n_heads, n_kv_heads, intermediate_size, ..self.clone() })
+    }
+
     /// An error about one key.
     pub(crate) fn wrong(&self, key: &str, why: impl Into<String>) -> Error {
         setting(&self.path, &self.raw, key, why)

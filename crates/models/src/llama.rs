@@ -75,8 +75,8 @@ impl LlamaLayer {
         let (q, kv) = (info.n_heads * info.head_dim, info.n_kv_heads * info.head_dim);
         Ok(Self {
             input_layernorm: loader.norm("input_layernorm", h)?,
-            qkv_proj: loader.stacked(&qkv(q, kv), h, biases.qkv)?,
-            o_proj: loader.linear("self_attn.o_proj", q, h, biases.o)?,
+            qkv_proj: loader.stacked_outputs(&qkv(q, kv), h, info.head_dim, biases.qkv)?,
+            o_proj: loader.inputs("self_attn.o_proj", q, h, biases.o)?,
             post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
             mlp,
             window,

@@ -4,9 +4,10 @@ mod experts;
 mod raw;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use specforge_nn::weights::Weights;
-use specforge_tensor::{DType, Device, ParamId, Params, Tensor, Weight};
+use specforge_tensor::{DType, Device, Group, ParamId, Params, Split, Tensor, Weight};
 
 use crate::Result;
 use crate::pass::{Layer, Layers};
@@ -39,6 +40,8 @@ pub(crate) struct Loader<'a> {
     /// What the weights of norms are stored minus.
     pub norm_offset: f32,
     pub prefix: String,
+    /// Ranks that share the matrices of layers, the embedding and the head (tensor parallel).
+    pub ranks: Option<&'a Arc<dyn Group>>,
 }
 
 impl Loader<'_> {
@@ -54,6 +57,7 @@ impl Loader<'_> {
             quantization: self.quantization,
             norm_offset: self.norm_offset,
             prefix: format!("{}{name}.", self.prefix),
+            ranks: self.ranks,
         }
     }
 
@@ -97,11 +101,68 @@ impl Loader<'_> {
         bias: bool,
         order: Option<&[usize]>,
     ) -> Result<Weight> {
-        let weight = self.tensor_in_order(&format!("{name}.weight"), &[n_out, n_in], order)?;
+        self.matrix(name, [n_out, n_in], bias, order, None)
+    }
+
+    /// A linear layer; where it is split by rows, so is its bias.
+    fn matrix(
+        &mut self,
+        name: &str,
+        shape: [usize; 2],
+        bias: bool,
+        order: Option<&[usize]>,
+        split: Option<Split>,
+    ) -> Result<Weight> {
+        let weight = self.tensor_in_order(&format!("{name}.weight"), &shape, order, split)?;
         self.round(weight)?;
-        let bias =
-            bias.then(|| self.tensor_in_order(&format!("{name}.bias"), &[n_out], order)).transpose()?;
+        let of_bias = split.filter(|split| split.rows);
+        let name = format!("{name}.bias");
+        let bias = bias.then(|| self.tensor_in_order(&name, &shape[..1], order, of_bias)).transpose()?;
         Ok(Weight::of(weight).with_bias(bias))
+    }
+
+    /// As [`Loader::linear`], of which ranks that share it have some outputs each, in whole pieces of `unit`: heads, or
+    /// single ones. Where there are fewer pieces than ranks, neighbouring ranks have the same.
+    pub(crate) fn outputs(
+        &mut self,
+        name: &str,
+        n_in: usize,
+        n_out: usize,
+        unit: usize,
+        bias: bool,
+    ) -> Result<Weight> {
+        let split = self.ranks.map(|ranks| Split::of(ranks, true, ranks.size().min(n_out / unit)));
+        Ok(self.matrix(name, [n_out, n_in], bias, None, split)?.sharing_outputs(self.ranks))
+    }
+
+    /// As [`Loader::stacked`], of which ranks that share it have some outputs each, as [`Loader::outputs`] has them.
+    pub(crate) fn stacked_outputs(
+        &mut self,
+        layers: &[(&str, usize)],
+        n_in: usize,
+        unit: usize,
+        bias: bool,
+    ) -> Result<Weight> {
+        // All of a stack are of one type.
+        let fp8 = self.fp8 && layers.iter().all(|(_, n_out)| has_8_bit_products(self.own(*n_out)));
+        let mut loader = Loader { fp8, ..self.unrounded() };
+        let mut one = |(name, n_out): &(&str, usize)| loader.outputs(name, n_in, *n_out, unit, bias);
+        let layers: Vec<Weight> = layers.iter().map(&mut one).collect::<Result<_>>()?;
+        let together = Weight::stacked(&layers.iter().collect::<Vec<_>>());
+        self.params.stack(together.params())?;
+        Ok(together)
+    }
+
+    /// As [`Loader::linear`], of which ranks that share it have some inputs each: those that are outputs of a layer
+    /// before.
+    pub(crate) fn inputs(&mut self, name: &str, n_in: usize, n_out: usize, bias: bool) -> Result<Weight> {
+        let split = self.ranks.map(|ranks| Split::of(ranks, false, ranks.size()));
+        Ok(self.matrix(name, [n_out, n_in], bias, None, split)?.sharing_inputs(self.ranks))
+    }
+
+    /// What one rank has of `n` that ranks share.
+    pub(crate) fn own(&self, n: usize) -> usize {
+        n / self.ranks.map_or(1, |ranks| ranks.size())
     }
 
     /// As [`Loader::linear`], with column i being column `order[i]` of the file, or [`ZEROS`].
@@ -177,7 +238,13 @@ impl Loader<'_> {
 
     /// A table, or any other tensor of a given shape, by its full name below the prefix.
     pub(crate) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<ParamId> {
-        self.tensor_in_order(name, shape, None)
+        self.tensor_in_order(name, shape, None, None)
+    }
+
+    /// As [`Loader::tensor`], of which ranks that share it have some rows each.
+    pub(crate) fn table(&mut self, name: &str, shape: &[usize]) -> Result<ParamId> {
+        let split = self.ranks.map(|ranks| Split::of(ranks, true, ranks.size()));
+        self.tensor_in_order(name, shape, None, split)
     }
 
     /// As [`Loader::tensor`], in float32 wherever it goes: for numbers that a device's storage would blur.
@@ -198,9 +265,16 @@ impl Loader<'_> {
         Ok(self.params.add(format!("{}{name}", self.prefix), tensor, false))
     }
 
-    fn tensor_in_order(&mut self, name: &str, shape: &[usize], order: Option<&[usize]>) -> Result<ParamId> {
+    fn tensor_in_order(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        order: Option<&[usize]>,
+        split: Option<Split>,
+    ) -> Result<ParamId> {
         let name = format!("{}{name}", self.prefix);
-        let moved = [&[order.map_or(shape[0], <[usize]>::len)], &shape[1..]].concat();
+        let whole = [&[order.map_or(shape[0], <[usize]>::len)], &shape[1..]].concat();
+        let own = split.map_or_else(|| whole.clone(), |split| piece_shape(&whole, split));
         let tensor = match self.source {
             Source::Files(weights) => {
                 let raw = self.read(weights, &name, shape)?;
@@ -208,11 +282,14 @@ impl Loader<'_> {
                     Some(order) => raw.rows_in_order(shape[0], order),
                     None => raw,
                 };
-                self.convert(&raw, &moved, None)?
+                // Only this rank's piece is ever read.
+                self.convert(&split.map_or(raw.whole(), |split| raw.piece(whole[0], split)), &own, None)?
             }
-            Source::Random => self.draw(&moved)?,
+            Source::Random => self.draw(&own)?,
         };
-        Ok(self.params.add(name, tensor, false))
+        let id = self.params.add(name, tensor, false);
+        self.params.get_mut(id).split = split;
+        Ok(id)
     }
 
     /// Values that keep a forward pass in a sane range: norms near 1, matrices that keep the size of what they multiply.
@@ -227,4 +304,14 @@ impl Loader<'_> {
 /// Whether 8-bit products take matrices with so many rows or columns.
 fn has_8_bit_products(n: usize) -> bool {
     n.is_multiple_of(16)
+}
+
+/// The shape of one piece.
+fn piece_shape(shape: &[usize], split: Split) -> Vec<usize> {
+    let mut shape = shape.to_vec();
+    let cut = if split.rows { shape.first_mut() } else { shape.last_mut() };
+    if let Some(n) = cut {
+        *n /= split.pieces;
+    }
+    shape
 }

@@ -45,9 +45,9 @@ impl Mlp {
     ) -> Result<Self> {
         Ok(Self {
             gate: Gate::Silu,
-            gate_up: loader.stacked(&[(gate, i), (up, i)], h, bias)?,
-            down: loader.linear(down, i, h, bias)?,
-            intermediate: i,
+            gate_up: loader.stacked_outputs(&[(gate, i), (up, i)], h, 1, bias)?,
+            down: loader.inputs(down, i, h, bias)?,
+            intermediate: loader.own(i),
         })
     }
 

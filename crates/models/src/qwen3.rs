@@ -65,10 +65,10 @@ impl Qwen3Layer {
             if is_normed { Some([loader.norm(norms[0], d)?, loader.norm(norms[1], d)?]) } else { None };
         Ok(Self {
             input_layernorm: loader.norm("input_layernorm", h)?,
-            q_proj: loader.linear("self_attn.q_proj", h, q, biases.qkv)?,
-            k_proj: loader.linear("self_attn.k_proj", h, kv, biases.qkv)?,
-            v_proj: loader.linear("self_attn.v_proj", h, kv, biases.qkv)?,
-            o_proj: loader.linear("self_attn.o_proj", q, h, biases.o)?,
+            q_proj: loader.outputs("self_attn.q_proj", h, q, d, biases.qkv)?,
+            k_proj: loader.outputs("self_attn.k_proj", h, kv, d, biases.qkv)?,
+            v_proj: loader.outputs("self_attn.v_proj", h, kv, d, biases.qkv)?,
+            o_proj: loader.inputs("self_attn.o_proj", q, h, biases.o)?,
             norms,
             post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
             mlp,

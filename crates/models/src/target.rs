@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use specforge_nn::weights::Weights;
-use specforge_tensor::{DType, Device, ParamId, Params, Tape, Tensor, Var, Weight};
+use specforge_tensor::{DType, Device, Group, ParamId, Params, Split, Tape, Tensor, Var, VocabStats, Weight};
 
 use crate::cache::{KvCache, Tree};
 use crate::frame::Frame;
@@ -18,6 +19,10 @@ use crate::{Capture, Captured, Error, Result, TargetInfo, architecture};
 #[derive(Debug)]
 pub struct Target {
     info: TargetInfo,
+    /// What of it this rank computes; alone all of it.
+    own: TargetInfo,
+    /// Ranks that share it.
+    ranks: Option<Arc<dyn Group>>,
     frame: Frame,
     device: Device,
     rotary: RotaryTables,
@@ -41,12 +46,29 @@ impl Target {
         let folder = folder.as_ref();
         let info = TargetInfo::read(folder)?;
         let weights = Weights::open(folder)?;
-        Self::build(info, folder, Source::Files(&weights), device, storage)
+        Self::build(info, folder, Source::Files(&weights), device, storage, None)
+    }
+
+    /// As [`Target::load`], shared by ranks (tensor parallel; Shoeybi et al., 2019): each has some heads, some of every
+    /// MLP, and some rows of embedding and head, and reads no more than that of the files. All ranks make the same calls
+    /// with the same tokens and get the same states. With fewer key-value heads than ranks, neighbouring ranks have the
+    /// same ones. Calls of the target and of a draft must not meet in one group: give the target one of its own
+    /// ([`Group::split`]) where a thread of its own runs it.
+    pub fn load_shared(
+        folder: impl AsRef<Path>,
+        device: Device,
+        storage: Option<DType>,
+        ranks: &Arc<dyn Group>,
+    ) -> Result<Self> {
+        let folder = folder.as_ref();
+        let info = TargetInfo::read(folder)?;
+        let weights = Weights::open(folder)?;
+        Self::build(info, folder, Source::Files(&weights), device, storage, Some(ranks))
     }
 
     /// A target of this description with weights that the device draws: for measuring.
     pub fn random(info: TargetInfo, device: Device, storage: Option<DType>) -> Result<Self> {
-        Self::build(info, Path::new("random weights"), Source::Random, device, storage)
+        Self::build(info, Path::new("random weights"), Source::Random, device, storage, None)
     }
 
     fn build(
@@ -55,8 +77,16 @@ impl Target {
         source: Source<'_>,
         device: Device,
         storage: Option<DType>,
+        ranks: Option<&Arc<dyn Group>>,
     ) -> Result<Self> {
         let architecture = architecture::of(&info.path, &info.raw)?;
+        let ranks = ranks.filter(|ranks| ranks.size() > 1);
+        if ranks.is_some() && !architecture.is_shared {
+            let why =
+                format!("ranks cannot share it (parallel.tensor); they can share {}", architecture::shared());
+            return Err(info.wrong("architectures", why));
+        }
+        let own = info.share(ranks.map_or(1, |ranks| ranks.size()))?;
         let frame = (architecture.frame)(&info)?;
         let mut params = Params::new();
         // Embedding, head and norms stay as they are: they are small, or the teacher's.
@@ -76,6 +106,7 @@ impl Target {
             quantization,
             norm_offset,
             prefix,
+            ranks,
         };
         let embedding = embedding_of(&info, &frame, &mut loader)?;
         let mut body = loader.at(frame.body);
@@ -84,7 +115,21 @@ impl Target {
         let head = head_of(&info, &frame, embedding, &mut loader)?;
         let rotary = RotaryTables::new(info.rope.clone(), device);
         let local_rotary = frame.local_rope.clone().map(|rope| RotaryTables::new(rope, device));
-        Ok(Self { info, frame, device, rotary, local_rotary, params, embedding, layers, norm, head })
+        let ranks = ranks.cloned();
+        Ok(Self {
+            info,
+            own,
+            ranks,
+            frame,
+            device,
+            rotary,
+            local_rotary,
+            params,
+            embedding,
+            layers,
+            norm,
+            head,
+        })
     }
 
     /// The target's description.
@@ -97,13 +142,18 @@ impl Target {
         self.device
     }
 
-    /// Token embeddings as the checkpoint has them, `[V, H]`, in the storage type.
+    /// The ranks that share it; `None` alone.
+    pub fn ranks(&self) -> Option<&Arc<dyn Group>> {
+        self.ranks.as_ref()
+    }
+
+    /// Token embeddings as the checkpoint has them, `[V, H]`, in the storage type; this rank's rows where it is shared.
     pub fn embedding(&self) -> &Tensor {
         &self.params.get(self.embedding).value
     }
 
     /// The language-model head, `[V, H]`, in the storage type; the embedding where they are tied. A factor on the
-    /// logits is in it.
+    /// logits is in it. This rank's rows where it is shared.
     pub fn head(&self) -> &Tensor {
         &self.params.get(self.head).value
     }
@@ -114,7 +164,8 @@ impl Target {
     }
 
     fn embed_on(&self, tape: &Tape<'_>, tokens: &[u32]) -> Result<Var> {
-        let rows = tape.embedding(self.embedding, &Tensor::from_u32(self.device, tokens.to_vec()))?;
+        let index = Tensor::from_u32(self.device, tokens.to_vec());
+        let rows = tape.embedding_shared(self.embedding, &index, self.ranks.as_ref())?;
         Ok(if self.frame.embedding_scale == 1.0 {
             rows
         } else {
@@ -126,8 +177,17 @@ impl Target {
     pub fn logits(&self, last_hidden: &Tensor) -> Result<Tensor> {
         let tape = Tape::inference(&self.params);
         let logits = tape.linear(&tape.input(last_hidden.clone()), &Weight::of(self.head))?;
+        let logits = match &self.ranks {
+            Some(ranks) => tape.input(Split::of(ranks, false, ranks.size()).whole(logits.value(), ranks)?),
+            None => logits,
+        };
         let cap = self.frame.logit_cap;
         Ok(cap.map_or(Ok(logits.clone()), |cap| tape.soft_cap(&logits, cap))?.value().clone())
+    }
+
+    /// Best token and log-sum-exp over the whole vocabulary of last hidden states `[R, H]`.
+    pub fn vocab_stats(&self, last_hidden: &Tensor) -> Result<VocabStats> {
+        Ok(Tape::vocab_stats_shared(last_hidden, self.head(), self.ranks.as_ref())?)
     }
 
     /// Runs documents of any lengths, packed without padding: each starts at position 0 and sees itself alone.
@@ -202,7 +262,7 @@ impl Target {
         let tape = Tape::inference(&self.params);
         let local = self.local_rotary.as_ref().map(|tables| tables.of(sequences)).transpose()?;
         let rotary = (self.rotary.of(sequences)?, local);
-        let mut pass = Pass::new(&self.info, &self.frame, &tape, rotary, sequences, sight);
+        let mut pass = Pass::new(&self.own, &self.frame, &tape, rotary, sequences, sight);
         let mut states = Tensor::activations(device, &[tokens.len(), capture.layers.len() * width])?;
         // 1. Embeddings.
         let mut h = self.embed_on(&tape, tokens)?;
@@ -233,7 +293,7 @@ impl Target {
 
     /// Per layer, the widths of what is cached of a row.
     pub(crate) fn cached(&self) -> Vec<Vec<usize>> {
-        let kv = self.info.n_kv_heads * self.info.head_dim;
+        let kv = self.own.n_kv_heads * self.own.head_dim;
         self.layers.iter().map(|layer| layer.cached(kv)).collect()
     }
 
@@ -262,6 +322,7 @@ pub fn tables(folder: impl AsRef<Path>, info: &TargetInfo, storage: DType) -> Re
         quantization: Quantization::of(info)?,
         norm_offset: frame.norm_offset,
         prefix: frame.prefix.to_owned(),
+        ranks: None,
     };
     let embedding = embedding_of(info, &frame, &mut loader)?;
     let head = head_of(info, &frame, embedding, &mut loader)?;
@@ -269,14 +330,14 @@ pub fn tables(folder: impl AsRef<Path>, info: &TargetInfo, storage: DType) -> Re
 }
 
 fn embedding_of(info: &TargetInfo, frame: &Frame, loader: &mut Loader<'_>) -> Result<ParamId> {
-    loader.at(frame.body).tensor("embed_tokens.weight", &[info.vocab_size, info.hidden_size])
+    loader.at(frame.body).table("embed_tokens.weight", &[info.vocab_size, info.hidden_size])
 }
 
 /// The head. A factor on the logits goes into it, so that the teacher's logits, which training computes from the head,
 /// have it too: exact for the powers of two that models use.
 fn head_of(info: &TargetInfo, frame: &Frame, embedding: ParamId, loader: &mut Loader<'_>) -> Result<ParamId> {
     let table = [info.vocab_size, info.hidden_size];
-    let head = if info.tie_word_embeddings { embedding } else { loader.tensor("lm_head.weight", &table)? };
+    let head = if info.tie_word_embeddings { embedding } else { loader.table("lm_head.weight", &table)? };
     if frame.logit_scale == 1.0 {
         return Ok(head);
     }

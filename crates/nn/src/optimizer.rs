@@ -4,7 +4,7 @@ mod config;
 #[cfg(test)]
 mod tests;
 
-use specforge_tensor::{AdamTensor, DType, Grads, Later, Param, ParamId, Params, Tensor};
+use specforge_tensor::{Across, AdamTensor, DType, Grads, Later, Param, ParamId, Params, Tensor};
 
 pub use config::AdamWConfig;
 
@@ -113,6 +113,17 @@ impl AdamW {
         weight: f64,
         lr: f64,
     ) -> Result<Later<StepReport>> {
+        self.step_across(params, grads, (weight, lr), &Across::default())
+    }
+
+    /// As [`AdamW::step`] with this weight and learning rate, on several ranks.
+    pub fn step_across(
+        &mut self,
+        params: &mut Params,
+        grads: &Grads,
+        (weight, lr): (f64, f64),
+        across: &Across<'_>,
+    ) -> Result<Later<StepReport>> {
         let step = self.config.adam_step(lr, weight);
         let mut tensors = Vec::new();
         for ((id, param), state) in params.iter_mut().zip(&mut self.states) {
@@ -121,7 +132,7 @@ impl AdamW {
             }
         }
         let norm = match tensors.first() {
-            Some(first) => first.grad.device().kernels().adamw(&mut tensors, &step)?,
+            Some(first) => first.grad.device().kernels().adamw(&mut tensors, &step, across)?,
             None => Later::ready(0.0 / weight),
         };
         let is_skipped = norm.peek().is_some_and(|norm| !norm.is_finite());

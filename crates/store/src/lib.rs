@@ -50,4 +50,4 @@ pub use identity::{CaptureSpec, Difference, Identity, Spec, TargetIdentity};
 pub use reader::{Damage, Reader, Record, Report, Summary, Verify};
 pub use record::Values;
 pub use schema::{DType, Encoding, Field, Schema};
-pub use writer::{Writer, WriterOptions};
+pub use writer::{Writer, WriterOptions, finish_interrupted};

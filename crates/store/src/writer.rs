@@ -251,6 +251,20 @@ impl Writer {
     }
 }
 
+/// Finishes what writers that are gone have left unfinished, but for the writer `except`: then all others know their
+/// rows. For whoever opens the store before a number of writers does; a store that is not there yet needs nothing.
+pub fn finish_interrupted(folder: impl AsRef<Path>, spec: &Spec, except: Option<u32>) -> Result<()> {
+    let folder = folder.as_ref();
+    if !folder.exists() {
+        return Ok(());
+    }
+    let unfinished: BTreeSet<u32> = disk::list(folder)?.parts.iter().map(|part| part.writer).collect();
+    for writer in unfinished.into_iter().filter(|writer| Some(*writer) != except) {
+        Writer::open(folder, spec, &WriterOptions { writer, ..WriterOptions::default() })?.finish()?;
+    }
+    Ok(())
+}
+
 /// Makes `manifest.json`, or compares it. The lock keeps writers that start together from both making it.
 fn ensure_manifest(folder: &Path, spec: &Spec) -> Result<()> {
     let path = folder.join("manifest.lock");

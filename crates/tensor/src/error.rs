@@ -48,6 +48,18 @@ pub enum Error {
     /// The device cannot do what was asked, or failed.
     #[error(transparent)]
     Cuda(#[from] specforge_cuda::Error),
+    /// A call between ranks failed: another rank is gone, late, or asks for something else.
+    #[error("rank {rank} of {size}, {op}: {why}")]
+    Group {
+        /// The operation.
+        op: &'static str,
+        /// The rank that tells it, within its group.
+        rank: usize,
+        /// Ranks of the group.
+        size: usize,
+        /// What happened and which rank is the cause.
+        why: String,
+    },
     /// A gradient through an operation that only frozen targets use.
     #[error("{op} has no gradient: only frozen targets use it")]
     NoGradient {

@@ -19,6 +19,17 @@ impl Grads {
         self.by_param.get(id.0).and_then(Option::as_ref)
     }
 
+    /// Takes a gradient out.
+    pub fn take(&mut self, id: ParamId) -> Option<Tensor> {
+        self.by_param.get_mut(id.0).and_then(Option::take)
+    }
+
+    /// Puts a gradient in, instead of what is there.
+    pub fn set(&mut self, id: ParamId, grad: Tensor) {
+        self.by_param.resize_with(self.by_param.len().max(id.0 + 1), || None);
+        self.by_param[id.0] = Some(grad);
+    }
+
     /// Hands out the gradients of some parameters for adding to; zeros at first use.
     pub(crate) fn with<T>(
         &mut self,

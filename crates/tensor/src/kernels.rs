@@ -9,11 +9,12 @@ mod mixture;
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::Arc;
 
 pub use delta::{DeltaInputs, DeltaShape};
 pub use mixture::{Activation, Groups, Router, Routes, Routing, Scoring};
 
-use crate::{DType, Later, Result, Tensor};
+use crate::{Across, DType, Group, Later, Result, Tensor};
 
 /// Head layout and scale of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -132,6 +133,8 @@ pub struct SoftTargets<'a> {
     pub log_acceptance: bool,
     /// Whether the gradient for the draft rows is wanted.
     pub wants_dx: bool,
+    /// Ranks that share both heads: each has as many of their rows as the others, in their order.
+    pub ranks: Option<&'a Arc<dyn Group>>,
 }
 
 /// What the loss gives for its R rows.
@@ -158,6 +161,8 @@ pub struct RowFigures {
 /// Best token and log-sum-exp of each row over a whole vocabulary.
 #[derive(Debug, Clone)]
 pub struct VocabStats {
+    /// The best token's logit, `f32 [R]`.
+    pub top: Tensor,
     /// `u32 [R]`.
     pub argmax: Tensor,
     /// `f32 [R]`.
@@ -177,7 +182,7 @@ pub struct AdamStep {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// What gradients, which are sums, are divided by.
+    /// What gradients, which are sums, are divided by; this rank's part of it.
     pub weight: f64,
     /// Gradients of a larger global norm are scaled down to it; 0: never.
     pub max_norm: f64,
@@ -268,6 +273,9 @@ pub trait Kernels: Debug + Sync {
         inputs: &AttentionInputs<'_>,
         out: [&Tensor; 3],
     ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)>;
+    /// One attention of two over different keys of the same queries: outputs `[R, n_heads * head_dim]` and log-sum-exps
+    /// `[R, n_heads]`, merged by the latter.
+    fn merge_attention(&self, a: &(Tensor, Tensor), b: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)>;
     /// `silu(gate) * up` of a packed `[R, 2 I]`: gate, then up.
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor>;
     /// Gradient of [`Kernels::swiglu`], packed like its input, and once more what it computed; in the memory of `into`
@@ -354,8 +362,13 @@ pub trait Kernels: Debug + Sync {
     /// Parameter (of the storage type of `like`) and remainder of a master weight.
     fn split_master(&self, master: &Tensor, like: DType) -> Result<[Tensor; 2]>;
     /// One AdamW step of all these parameters. Returns the norm of the gradients after division by the weight and
-    /// before clipping; if it is not finite, nothing was changed.
-    fn adamw(&self, tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>>;
+    /// before clipping; if it is not finite, nothing was changed. Squares and weight are added up over the ranks given.
+    fn adamw(
+        &self,
+        tensors: &mut [AdamTensor<'_>],
+        step: &AdamStep,
+        across: &Across<'_>,
+    ) -> Result<Later<f64>>;
     /// Whether every element is a finite number.
     fn all_finite(&self, x: &Tensor) -> Result<Later<bool>>;
 }

@@ -3,7 +3,7 @@
 //! The engine is built for one job: the training step of a draft model, and the forward pass of the frozen
 //! target beside it. An operation is coarse (an RMSNorm, a whole attention, a head with its loss), has a
 //! forward and a backward, and runs on the device of its tensors through one seam, [`Kernels`].
-//! This crate knows no model, no file and no rank.
+//! This crate knows no model and no file, and of ranks only what a [`Group`] of them can be asked.
 //!
 //! ```
 //! use specforge_tensor::{Device, Params, Tape, Tensor, Weight};
@@ -23,10 +23,13 @@ mod cuda;
 mod device;
 mod error;
 mod grads;
+mod group;
 mod kernels;
 mod later;
 mod ops;
 mod params;
+mod raw;
+mod split;
 mod tape;
 mod tensor;
 #[cfg(test)]
@@ -36,6 +39,7 @@ pub use cuda::units;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use grads::Grads;
+pub use group::{Across, Combine, Group, pieces};
 pub use kernels::{
     Activation, AdamStep, AdamTensor, AddedRows, AttentionInputs, AttentionShape, Columns, DeltaInputs,
     DeltaShape, Extra, Groups, Kernels, Rotation, Router, Routes, Routing, RowFigures, RowLoss, Scoring,
@@ -43,9 +47,10 @@ pub use kernels::{
 };
 pub use later::Later;
 pub use ops::{
-    Attention, Collected, Delta, Experts, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part, Rope,
-    RouterParams, SoftTargetLoss, Teacher, Weight,
+    Attention, Collected, Delta, Experts, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part,
+    RingAttention, Rope, RouterParams, SoftTargetLoss, Teacher, Weight,
 };
 pub use params::{Param, ParamId, Params};
+pub use split::Split;
 pub use tape::{Tape, Var};
 pub use tensor::{DType, Tensor};

@@ -1,6 +1,6 @@
 //! Named parameters of one model, addressed by [`ParamId`] so that modules stay plain data.
 
-use crate::{Result, Tensor};
+use crate::{Result, Split, Tensor};
 
 /// A parameter's place in its [`Params`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,6 +15,8 @@ pub struct Param {
     pub value: Tensor,
     /// Whether gradients are computed for it.
     pub trainable: bool,
+    /// What of a larger tensor it is, where ranks share that; checkpoints have the whole.
+    pub split: Option<Split>,
 }
 
 /// The parameters of one model in declaration order.
@@ -33,7 +35,7 @@ impl Params {
 
     /// Declares a parameter.
     pub fn add(&mut self, name: impl Into<String>, value: Tensor, trainable: bool) -> ParamId {
-        self.entries.push(Param { name: name.into(), value, trainable });
+        self.entries.push(Param { name: name.into(), value, trainable, split: None });
         let id = ParamId(self.entries.len() - 1);
         self.stacks.push(vec![id]);
         id
@@ -84,6 +86,26 @@ impl Params {
     /// As [`Params::iter`], for writing.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (ParamId, &mut Param)> {
         self.entries.iter_mut().enumerate().map(|(i, p)| (ParamId(i), p))
+    }
+
+    /// Gives the memory of these parameters' values back; until [`Params::fill`], they have no elements.
+    pub fn release(&mut self, ids: &[ParamId]) -> Result<()> {
+        for id in ids {
+            let value = &mut self.entries[id.0].value;
+            *value = value.zeros_like(&[0])?;
+        }
+        Ok(())
+    }
+
+    /// Values for parameters that were released; stacks lie together again.
+    pub fn fill(&mut self, values: Vec<(ParamId, Tensor)>) -> Result<()> {
+        for (id, value) in values {
+            self.entries[id.0].value = value;
+        }
+        let first =
+            |(i, stack): (usize, &Vec<ParamId>)| (stack[0].0 == i && stack.len() > 1).then(|| stack.clone());
+        let stacks: Vec<_> = self.stacks.iter().enumerate().filter_map(first).collect();
+        stacks.iter().try_for_each(|stack| self.stack(stack))
     }
 
     /// The number of parameters (tensors, not elements).

@@ -18,6 +18,11 @@ pub struct Var {
 }
 
 impl Var {
+    /// A value that no gradient flows into.
+    pub(crate) fn constant(value: Tensor) -> Self {
+        Self { value, node: None }
+    }
+
     /// The tensor.
     pub fn value(&self) -> &Tensor {
         &self.value
@@ -211,7 +216,7 @@ impl<'p> Tape<'p> {
 
     /// A constant: no gradient flows into it.
     pub fn input(&self, value: Tensor) -> Var {
-        Var { value, node: None }
+        Var::constant(value)
     }
 
     /// A value whose gradient is wanted though nothing on the tape produced it; read by finite-difference tests.

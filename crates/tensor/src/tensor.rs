@@ -24,12 +24,15 @@ pub enum DType {
     E4m3,
     /// What bfloat16 weights lose of their float32 masters, see [`Kernels::remainder`](crate::Kernels::remainder).
     I16,
+    /// 64-bit float: sums and weights that ranks add up.
+    F64,
 }
 
 impl DType {
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {
+            Self::F64 => 8,
             Self::F32 | Self::U32 => 4,
             Self::Bf16 | Self::F16 | Self::I16 => 2,
             Self::E4m3 => 1,
@@ -45,6 +48,7 @@ pub(crate) enum Buffer {
     F16(Vec<f16>),
     U32(Vec<u32>),
     I16(Vec<i16>),
+    F64(Vec<f64>),
     /// In the memory of a CUDA device.
     Cuda(Stored),
 }
@@ -57,6 +61,7 @@ impl Clone for Buffer {
             Self::F16(v) => Self::F16(v.clone()),
             Self::U32(v) => Self::U32(v.clone()),
             Self::I16(v) => Self::I16(v.clone()),
+            Self::F64(v) => Self::F64(v.clone()),
             Self::Cuda(_) => unreachable!("device memory is copied by the device"),
         }
     }
@@ -78,13 +83,14 @@ impl std::fmt::Debug for Tensor {
 
 impl Tensor {
     /// A tensor over host values; the caller guarantees the element type fits the device.
-    fn from_host(device: Device, buffer: Buffer, shape: &[usize]) -> Result<Self> {
+    pub(crate) fn from_host(device: Device, buffer: Buffer, shape: &[usize]) -> Result<Self> {
         let n = match &buffer {
             Buffer::F32(v) => v.len(),
             Buffer::Bf16(v) => v.len(),
             Buffer::F16(v) => v.len(),
             Buffer::U32(v) => v.len(),
             Buffer::I16(v) => v.len(),
+            Buffer::F64(v) => v.len(),
             Buffer::Cuda(stored) => stored.len(),
         };
         if n != shape.iter().product::<usize>() {
@@ -154,10 +160,10 @@ impl Tensor {
         }
     }
 
-    fn zeros_of(device: Device, dtype: DType, shape: &[usize]) -> Result<Self> {
+    pub(crate) fn zeros_of(device: Device, dtype: DType, shape: &[usize]) -> Result<Self> {
         let n: usize = shape.iter().product();
         match device.gpu() {
-            None => Self::from_f32(device, vec![0.0; n], shape)?.cast(dtype),
+            None => Self::from_host(device, Buffer::zeros(dtype, n)?, shape),
             Some(gpu) => Ok(Self::from_stored(device, Stored::zeroed(gpu, dtype, n)?, shape)),
         }
     }
@@ -236,7 +242,7 @@ impl Tensor {
             Buffer::F32(v) => Stored::upload_rows(gpu, (v, DType::F32), width, index)?,
             Buffer::Bf16(v) => Stored::upload_rows(gpu, (v, DType::Bf16), width, index)?,
             Buffer::F16(v) => Stored::upload_rows(gpu, (v, DType::F16), width, index)?,
-            Buffer::U32(_) | Buffer::I16(_) | Buffer::Cuda(_) => {
+            Buffer::U32(_) | Buffer::I16(_) | Buffer::F64(_) | Buffer::Cuda(_) => {
                 let (op, what, got) = ("embedding", "a table on the host", self.dtype());
                 return Err(Error::DType { op, what, expected: "a float type", got });
             }
@@ -266,6 +272,7 @@ impl Tensor {
             Buffer::F16(v) => Buffer::F16(v[elements].to_vec()),
             Buffer::U32(v) => Buffer::U32(v[elements].to_vec()),
             Buffer::I16(v) => Buffer::I16(v[elements].to_vec()),
+            Buffer::F64(v) => Buffer::F64(v[elements].to_vec()),
             Buffer::Cuda(_) => unreachable!("handled above"),
         };
         Self::from_host(self.device, buffer, &shape)
@@ -322,6 +329,7 @@ impl Tensor {
                 Buffer::F16(v) => v.truncate(n * width),
                 Buffer::U32(v) => v.truncate(n * width),
                 Buffer::I16(v) => v.truncate(n * width),
+                Buffer::F64(v) => v.truncate(n * width),
                 Buffer::Cuda(_) => unreachable!("handled above"),
             }
         }
@@ -371,6 +379,7 @@ impl Tensor {
             Buffer::F16(_) => DType::F16,
             Buffer::U32(_) => DType::U32,
             Buffer::I16(_) => DType::I16,
+            Buffer::F64(_) => DType::F64,
             Buffer::Cuda(stored) => stored.dtype(),
         }
     }
@@ -388,6 +397,7 @@ impl Tensor {
             Buffer::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
             Buffer::U32(v) => v.iter().map(|&x| x as f32).collect(),
             Buffer::I16(v) => v.iter().map(|&x| f32::from(x)).collect(),
+            Buffer::F64(v) => v.iter().map(|&x| x as f32).collect(),
             Buffer::Cuda(_) => self.on_host().to_f32(),
         }
     }
@@ -458,9 +468,10 @@ impl Tensor {
         Arc::make_mut(&mut self.buffer)
     }
 
-    /// The device storage for writing; a shared storage is copied first.
+    /// The device storage for writing; a shared storage is copied first, and so is one whose elements the host knows.
     pub(crate) fn stored_mut(&mut self) -> Result<&Stored> {
-        if Arc::strong_count(&self.buffer) != 1 {
+        let is_index = self.stored().is_some_and(|stored| stored.index().is_some());
+        if is_index || Arc::strong_count(&self.buffer) != 1 {
             let copy = self.stored().expect("a tensor of a CUDA device").copied()?;
             self.buffer = Arc::new(Buffer::Cuda(copy));
         }

@@ -3,6 +3,7 @@
 //! the tests of CUDA devices read it too.
 
 pub(crate) mod adam;
+pub(crate) mod alone;
 pub(crate) mod attention;
 pub(crate) mod delta;
 mod finite_difference;

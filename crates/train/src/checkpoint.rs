@@ -1,15 +1,20 @@
-//! Checkpoints: a folder per saved step with the draft's weights, the optimizer's state and `state.json`. A folder
-//! appears complete or not at all: written under a temporary name, synced, renamed; `latest` and `best` name one.
+//! Checkpoints: a folder per saved step with the draft's weights, the optimizer's state (one file, or one of each rank
+//! that holds a part) and `state.json`. A folder appears complete or not at all: written under a temporary name, synced,
+//! renamed; `latest` and `best` name one. Any number of ranks reads what any other number has written.
+
+mod saved;
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use specforge_export::{Tensor as FileTensor, write_safetensors};
-use specforge_nn::optimizer::{AdamW, AdamWConfig};
+use specforge_export::Tensor as FileTensor;
 use specforge_nn::weights::{self, Weights};
 use specforge_tensor::{DType, Device, Params, Tensor};
 
-use crate::{Error, Result};
+use crate::saving::Snapshot;
+use crate::{Error, Optimizer, Result};
+
+pub(crate) use saved::{INDEX, Index, Saved, file_name};
 
 /// Where a run stands in its order of rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -51,9 +56,8 @@ pub struct Best {
 
 /// The layout that this version writes.
 const FORMAT: u32 = 1;
-const STATE: &str = "state.json";
-const DRAFT: &str = "draft.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
+pub(crate) const STATE: &str = "state.json";
+pub(crate) const DRAFT: &str = "draft.safetensors";
 
 impl State {
     /// The state of a run that has not begun.
@@ -89,15 +93,11 @@ impl Checkpoint {
         self.folder.join(DRAFT)
     }
 
-    /// Puts the saved weights into `params`, exactly, and gives the optimizer as it was.
-    pub fn restore(&self, params: &mut Params, config: AdamWConfig) -> Result<AdamW> {
+    /// Puts the saved weights into `params`, exactly, and the optimizer as it was.
+    pub fn restore(&self, params: &mut Params, optimizer: &mut Optimizer) -> Result<()> {
+        optimizer.gather(params)?;
         self.restore_weights(params)?;
-        let weights = open(self.folder.join(OPTIMIZER))?;
-        let find = |name: &str| {
-            let view = weights.get(name)?;
-            Tensor::from_f32(Device::Cpu, view.to_f32(), view.shape).ok()
-        };
-        Ok(AdamW::restore(config, params, self.state.position.step, find)?)
+        optimizer.restore(params, self.state.position.step, &Saved::open(&self.folder)?)
     }
 
     /// Puts the saved weights of the draft into place.
@@ -183,23 +183,29 @@ impl Checkpoints {
         Ok(steps)
     }
 
-    /// Saves a step; `latest` names it, and `best` too if it is. Older ones beyond the limit are removed.
-    pub fn save(&self, params: &Params, optimizer: &AdamW, state: &State) -> Result<PathBuf> {
+    /// Writes a step; `latest` names it, and `best` too if it is. Older ones beyond the limit are removed. Every rank
+    /// writes its own files; the first one waits for the others' and does the rest.
+    pub(crate) fn write(&self, snapshot: &Snapshot) -> Result<PathBuf> {
+        let state = &snapshot.state;
         let name = name(state.position.step);
         let (folder, unfinished) = (self.folder.join(&name), self.folder.join(format!("{name}.tmp")));
         if !folder.exists() {
-            write(&unfinished, params, optimizer, state).inspect_err(|_| {
+            snapshot.write(&unfinished).inspect_err(|_| {
                 // The first error is the one to report; a full disk should not stay full of this.
                 let _ = fs_err::remove_dir_all(&unfinished);
             })?;
-            fs_err::rename(&unfinished, &folder)?;
-            sync_folder(&self.folder)?;
+            if snapshot.is_first {
+                fs_err::rename(&unfinished, &folder)?;
+                sync_folder(&self.folder)?;
+            }
         }
-        self.point("latest", &name)?;
-        if state.best.is_some_and(|best| best.step == state.position.step) {
-            self.point("best", &name)?;
+        if snapshot.is_first {
+            self.point("latest", &name)?;
+            if state.best.is_some_and(|best| best.step == state.position.step) {
+                self.point("best", &name)?;
+            }
+            self.rotate(state)?;
         }
-        self.rotate(state)?;
         Ok(folder)
     }
 
@@ -234,7 +240,7 @@ impl Checkpoints {
 }
 
 /// Opens a file of a checkpoint; a damaged one cannot be downloaded again, but there may be an earlier one.
-fn open(path: PathBuf) -> Result<Weights> {
+pub(crate) fn open(path: PathBuf) -> Result<Weights> {
     Weights::open(&path).map_err(|error| {
         let what = match error {
             weights::Error::Size { expected, got, .. } => {
@@ -254,22 +260,6 @@ fn name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-/// Writes the files of a checkpoint into a new folder.
-fn write(folder: &Path, params: &Params, optimizer: &AdamW, state: &State) -> Result<()> {
-    if folder.exists() {
-        fs_err::remove_dir_all(folder)?;
-    }
-    fs_err::create_dir_all(folder)?;
-    let draft: Vec<_> =
-        params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
-    write_safetensors(&folder.join(DRAFT), &draft)?;
-    let moments: Vec<_> = optimizer.state(params)?.iter().map(|(name, t)| file_tensor(name, t)).collect();
-    write_safetensors(&folder.join(OPTIMIZER), &moments)?;
-    let text = serde_json::to_string_pretty(state).map_err(std::io::Error::other)?;
-    write_synced(&folder.join(STATE), &text)?;
-    sync_folder(folder)
-}
-
 /// A tensor as a file keeps it: bf16 as it is, everything else exactly in float32.
 pub(crate) fn file_tensor(name: &str, value: &Tensor) -> FileTensor<'static> {
     match value.dtype() {
@@ -278,13 +268,13 @@ pub(crate) fn file_tensor(name: &str, value: &Tensor) -> FileTensor<'static> {
     }
 }
 
-fn write_synced(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn write_synced(path: &Path, text: &str) -> Result<()> {
     use std::io::Write;
     let mut file = fs_err::File::create(path)?;
     file.write_all(text.as_bytes())?;
     Ok(file.sync_all()?)
 }
 
-fn sync_folder(folder: &Path) -> Result<()> {
+pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     Ok(fs_err::File::open(folder)?.sync_all()?)
 }

@@ -6,14 +6,21 @@
 mod checkpoint;
 mod error;
 pub mod features;
+mod hooks;
 mod log;
+mod optimizer;
 mod order;
+mod saving;
 mod step;
+mod tally;
 mod trainer;
+mod window;
 
 pub use checkpoint::{Checkpoint, Checkpoints, Position, State};
 pub use error::{Error, Result};
 pub use features::{Cache, FeatureSource, Offline, Online};
+pub use hooks::{Event, Held, Hooks, Outcome};
 pub use log::{Figures, Record};
+pub use optimizer::{Optimizer, Ranks};
 pub use order::{MicroBatch, Order};
-pub use trainer::{Event, Held, Hooks, Outcome, Settings, Trainer};
+pub use trainer::{Settings, Trainer};

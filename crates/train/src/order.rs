@@ -10,7 +10,7 @@ pub type MicroBatch = Vec<usize>;
 /// Which rows every step of every epoch trains on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Order {
-    /// The rows to train on and their lengths in tokens.
+    /// The rows to train on, ascending, and their lengths in tokens.
     pub rows: Vec<(usize, usize)>,
     /// Most tokens in a micro-batch; a longer row makes one of its own.
     pub tokens_per_batch: usize,
@@ -36,6 +36,40 @@ impl Order {
             }
         }
         batches.chunks(self.accumulation.max(1)).map(<[MicroBatch]>::to_vec).collect()
+    }
+
+    /// What rank `rank` of `ranks` does of a step: as many micro-batches as every other rank, some of them without a row.
+    ///
+    /// Micro-batches go round. Where there are fewer than ranks, several ranks share one and get its documents in
+    /// pieces of about as many tokens each. So the rows of a step are the same on any number of ranks; the first rank
+    /// is never without one.
+    pub fn deal(&self, step: &[MicroBatch], rank: usize, ranks: usize) -> Vec<MicroBatch> {
+        let n = step.len();
+        if n >= ranks || n == 0 {
+            let rounds = 0..n.div_ceil(ranks);
+            return rounds.map(|round| step.get(round * ranks + rank).cloned().unwrap_or_default()).collect();
+        }
+        let (batch, piece) = (&step[rank % n], rank / n);
+        let pieces = ranks / n + usize::from(rank % n < ranks % n);
+        vec![self.piece(batch, piece, pieces)]
+    }
+
+    /// Piece `piece` of `pieces` of a micro-batch.
+    fn piece(&self, batch: &[usize], piece: usize, pieces: usize) -> MicroBatch {
+        let lengths: Vec<usize> = batch.iter().map(|row| self.length(*row)).collect();
+        let total = lengths.iter().sum::<usize>().max(1);
+        let mut start = 0;
+        let of_row = lengths.iter().map(|len| {
+            let of = start * pieces / total;
+            start += len;
+            of
+        });
+        batch.iter().zip(of_row).filter(|(_, of)| *of == piece).map(|(row, _)| *row).collect()
+    }
+
+    fn length(&self, row: usize) -> usize {
+        let at = self.rows.binary_search_by_key(&row, |(row, _)| *row);
+        at.map_or(1, |at| self.rows[at].1)
     }
 
     /// Steps of the first `epochs` epochs together.
@@ -76,6 +110,31 @@ mod tests {
             }
             assert!(steps.iter().rev().skip(1).all(|s| s.len() == accumulation));
             assert_eq!(order.total_steps(2), (order.epoch(0).len() + order.epoch(1).len()) as u64);
+        }
+    }
+
+    #[test]
+    fn parallel_ranks_have_the_rows_of_a_step_between_them() {
+        for (budget, accumulation) in [(1, 1), (64, 1), (64, 3), (120, 4), (100_000, 1)] {
+            let order = order(61, budget, accumulation);
+            for (ranks, step) in (1..=7).flat_map(|ranks| order.epoch(1).into_iter().map(move |s| (ranks, s)))
+            {
+                let dealt: Vec<_> = (0..ranks).map(|rank| order.deal(&step, rank, ranks)).collect();
+                assert!(dealt.iter().all(|d| d.len() == dealt[0].len()), "the same number of micro-batches");
+                assert!(!dealt[0][0].is_empty(), "the first rank has a row");
+                let mut rows: Vec<usize> = dealt.iter().flatten().flatten().copied().collect();
+                let mut expected: Vec<usize> = step.iter().flatten().copied().collect();
+                rows.sort_unstable();
+                expected.sort_unstable();
+                assert_eq!(rows, expected);
+            }
+        }
+        let order = order(61, 100_000, 1);
+        let tokens = |rows: &[usize]| rows.iter().map(|&r| order.rows[r].1).sum::<usize>();
+        let whole = &order.epoch(0)[0];
+        for rank in 0..3 {
+            let own = tokens(&order.deal(whole, rank, 3)[0]);
+            assert!(own.abs_diff(tokens(&whole[0]) / 3) < 60, "{own} tokens");
         }
     }
 

@@ -1,11 +1,11 @@
 //! One optimizer step, top to bottom: forward and backward of every micro-batch, then the update.
 
 use specforge_methods::{Batch, DraftMethod, Loss};
-use specforge_nn::optimizer::{AdamW, StepReport};
+use specforge_nn::optimizer::StepReport;
 use specforge_tensor::{Grads, Later, Params, Tape};
 
 use crate::log::Figures;
-use crate::{Error, Result};
+use crate::{Error, Optimizer, Result};
 
 /// What a step did.
 #[derive(Debug)]
@@ -21,37 +21,61 @@ pub(crate) struct PendingStep {
     rows: Vec<u64>,
     losses: Vec<(Later<Loss>, usize)>,
     report: Later<StepReport>,
+    /// Tokens of this rank's rows.
+    pub tokens: u64,
 }
 
 /// Trains on the micro-batches of one step. Sums and weights are added over all of them and divided once.
 ///
 /// Nothing waits for a device; [`PendingStep::wait`] does. A step whose loss or gradient is not finite applies nothing.
-/// With `shrink`, a step that does not fit into device memory is taken again with its micro-batches halved.
+/// With `shrink`, a step that does not fit into device memory is taken again with its micro-batches halved: as much of
+/// it as was not sent to other ranks. A rank may be without rows; it takes part in everything else.
 pub(crate) fn step(
     method: &dyn DraftMethod,
-    (params, optimizer): (&mut Params, &mut AdamW),
-    batches: impl Iterator<Item = Result<Batch>>,
+    (params, optimizer): (&mut Params, &mut Optimizer),
+    batches: impl Iterator<Item = Result<Option<Batch>>>,
     (lr, shrink): (f64, bool),
 ) -> Result<PendingStep> {
     let number = optimizer.steps() + 1;
-    let mut sums = Sums::default();
+    optimizer.gather(params)?;
+    let (mut sent, mut sums) = (Sums::default(), Sums::default());
     let mut kept = Vec::new();
     for batch in batches {
-        let batch = batch?;
-        let tokens = batch.n_tokens();
-        match sums.add(method, params, &batch, number) {
-            Err(error) if shrink && error.is_out_of_memory() => {
-                kept.push(batch);
-                (kept, sums) = again(method, params, kept, number)?;
-            }
-            Err(error) => return Err(error.of_batch(tokens)),
-            Ok(()) if shrink => kept.push(batch),
-            Ok(()) => {}
+        if let Some(batch) = batch? {
+            micro_batch(method, params, (batch, number), (&mut kept, &mut sums), shrink)?;
+        }
+        if optimizer.sends_every_micro_batch() {
+            optimizer.send(params, &mut sums.grads)?;
+            sent.take_in(std::mem::take(&mut sums));
+            kept.clear();
         }
     }
+    sent.take_in(sums);
+    let Sums { grads, weight, losses, rows, tokens } = sent;
     // Divide once, clip, update; nothing is updated if the norm is not finite.
-    let report = optimizer.step(params, &sums.grads, sums.weight, lr)?;
-    Ok(PendingStep { number, rows: sums.rows, losses: sums.losses, report })
+    let report = optimizer.step(params, grads, (weight, lr))?;
+    Ok(PendingStep { number, rows, losses, report, tokens })
+}
+
+/// One micro-batch on top of `sums`; `kept` are those that they are made of.
+fn micro_batch(
+    method: &dyn DraftMethod,
+    params: &Params,
+    (batch, number): (Batch, u64),
+    (kept, sums): (&mut Vec<Batch>, &mut Sums),
+    shrink: bool,
+) -> Result<()> {
+    let tokens = batch.n_tokens();
+    match sums.add(method, params, &batch, number) {
+        Err(error) if shrink && error.is_out_of_memory() => {
+            kept.push(batch);
+            (*kept, *sums) = again(method, params, std::mem::take(kept), number)?;
+        }
+        Err(error) => return Err(error.of_batch(tokens)),
+        Ok(()) if shrink => kept.push(batch),
+        Ok(()) => {}
+    }
+    Ok(())
 }
 
 /// What the micro-batches of a step add up to.
@@ -61,12 +85,23 @@ struct Sums {
     weight: f64,
     losses: Vec<(Later<Loss>, usize)>,
     rows: Vec<u64>,
+    tokens: u64,
 }
 
 impl Sums {
+    /// Adds later micro-batches, whose gradients stand for all.
+    fn take_in(&mut self, more: Self) {
+        self.grads = more.grads;
+        self.weight += more.weight;
+        self.tokens += more.tokens;
+        self.losses.extend(more.losses);
+        self.rows.extend(more.rows);
+    }
+
     /// One micro-batch. After an error the sums are of no use.
     fn add(&mut self, method: &dyn DraftMethod, params: &Params, batch: &Batch, number: u64) -> Result<()> {
         self.rows.extend(&batch.rows);
+        self.tokens += batch.n_tokens() as u64;
         // Forward; the loss leaves its gradients on the tape.
         let tape = Tape::accumulating(params, std::mem::take(&mut self.grads));
         let pending = method.loss(&tape, batch)?;
@@ -134,11 +169,13 @@ fn expect_finite(what: &'static str, value: f64, rows: &[u64], step: u64) -> Res
 pub(crate) fn evaluate(
     method: &dyn DraftMethod,
     params: &Params,
-    batches: impl Iterator<Item = Result<Batch>>,
+    batches: impl Iterator<Item = Result<Option<Batch>>>,
 ) -> Result<Figures> {
     let mut figures = Figures::default();
     for batch in batches {
-        evaluate_batch(method, params, &batch?, &mut figures)?;
+        if let Some(batch) = batch? {
+            evaluate_batch(method, params, &batch, &mut figures)?;
+        }
     }
     Ok(figures)
 }

@@ -2,19 +2,22 @@
 //! where features come from.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use specforge_methods::{Batch, DraftMethod};
-use specforge_nn::optimizer::AdamW;
 use specforge_nn::schedule::ScheduleConfig;
-use specforge_tensor::{Device, Params};
+use specforge_tensor::{Device, Group, Later, Params};
 
 use crate::checkpoint::Best;
-use crate::log::{HeldRecord, Log};
+use crate::hooks::{Event, Held, Hooks, Outcome};
+use crate::log::Log;
+use crate::saving::{Saving, Snapshot};
 use crate::step::{PendingStep, evaluate, step};
-use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Order, Record, Result, State};
+use crate::tally::{Tally, from_first};
+use crate::window::Window;
+use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Optimizer, Order, Result, State};
 
 /// How a run goes, beyond its order of rows.
 #[derive(Debug, Clone)]
@@ -47,7 +50,7 @@ pub struct Trainer<'a> {
     /// Its weights.
     pub params: Params,
     /// The optimizer.
-    pub optimizer: AdamW,
+    pub optimizer: Optimizer,
     /// The order of rows.
     pub order: Order,
     /// The settings.
@@ -56,78 +59,53 @@ pub struct Trainer<'a> {
     pub state: State,
 }
 
-/// Figures on held-out rows.
-#[derive(Debug, Clone)]
-pub struct Held {
-    /// Losses and metrics; `None` where no row is held out.
-    pub figures: Option<Figures>,
-    /// From decoding held-out prompts, if the run can.
-    pub acceptance_length: Option<f64>,
-}
-
-/// What happens in a run, for whoever shows it.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// A step was taken; the figures are the step's own.
-    Step {
-        /// Steps so far.
-        step: u64,
-        /// Steps of the whole run.
-        total: u64,
-        /// The step's figures.
-        figures: &'a Figures,
-        /// Seconds the step took.
-        seconds: f64,
-    },
-    /// A record was written.
-    Record(&'a Record),
-    /// Held-out rows were evaluated.
-    Evaluated(&'a Held),
-    /// A checkpoint was saved.
-    Saved(&'a std::path::Path),
-}
-
-/// What the loop asks of its caller.
-pub trait Hooks {
-    /// Shows an event.
-    fn event(&mut self, event: Event<'_>);
-
-    /// Whether to stop after this step, save and return.
-    fn stop_requested(&self) -> bool;
-
-    /// The acceptance length of the draft from decoding held-out prompts; `None` where no target is at hand.
-    fn acceptance_length(&mut self, method: &dyn DraftMethod, params: &Params) -> Result<Option<f64>>;
-}
-
-/// How a run ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// All steps are done.
-    Finished,
-    /// It was asked to stop, and saved.
-    Stopped,
-}
-
 impl Trainer<'_> {
-    /// Takes up a saved step: the run goes on to the same bits as one that never stopped.
+    /// Takes up a saved step: on as many ranks as before, the run goes on to the same bits as one that never stopped;
+    /// on another number, to the same rows in the same order.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        self.optimizer = checkpoint.restore(&mut self.params, self.optimizer.config().clone())?;
+        checkpoint.restore(&mut self.params, &mut self.optimizer)?;
         self.state = State { identity: self.state.identity.clone(), ..checkpoint.state.clone() };
         Ok(())
     }
 
-    /// Runs to the end, or until a hook asks to stop.
+    /// Runs to the end, or until a hook asks to stop. All ranks call this, and end with every parameter whole.
     pub fn run(&mut self, source: &mut dyn FeatureSource, hooks: &mut dyn Hooks) -> Result<Outcome> {
         let checkpoints = Checkpoints::open(self.settings.folder.join("checkpoints"), self.settings.keep)?;
-        checkpoints.recover()?;
-        let log = Log::resume(&self.settings.folder, self.state.position.step)?;
-        let mut window = Window::new();
+        let is_first = self.data().is_none_or(|data| data.is_first);
+        if is_first {
+            checkpoints.recover()?;
+        }
+        if let Some(ranks) = self.optimizer.ranks() {
+            ranks.mesh.world.barrier()?;
+        }
+        let log =
+            if is_first { Some(Log::resume(&self.settings.folder, self.state.position.step)?) } else { None };
+        let saving = Saving::new(checkpoints.clone());
+        let mut course = Course { log, window: Window::new(), saving, stop: false };
+        let outcome = self.run_epochs(source, &mut course, hooks);
+        if outcome.is_err() && self.optimizer.ranks().is_some() {
+            // What the others would add to a checkpoint may never come.
+            return outcome.map_err(|e| with_last_good(e, &checkpoints));
+        }
+        let saved = course.saving.finish();
+        let outcome = outcome.map_err(|e| with_last_good(e, &checkpoints))?;
+        show_saved(saved?, hooks);
+        self.optimizer.gather(&mut self.params)?;
+        Ok(outcome)
+    }
+
+    fn run_epochs(
+        &mut self,
+        source: &mut dyn FeatureSource,
+        course: &mut Course,
+        hooks: &mut dyn Hooks,
+    ) -> Result<Outcome> {
         while self.state.position.step < self.settings.total_steps {
             let epoch = self.order.epoch(self.state.position.epoch);
             if epoch.is_empty() {
                 return Err(Error::NoRows("no row is left for training".to_owned()));
             }
-            let outcome = self.run_epoch(source, &epoch, (&checkpoints, &log, &mut window), hooks)?;
+            let outcome = self.run_epoch(source, &epoch, course, hooks)?;
             if outcome == Outcome::Stopped {
                 return Ok(outcome);
             }
@@ -141,14 +119,15 @@ impl Trainer<'_> {
         &mut self,
         source: &mut dyn FeatureSource,
         epoch: &[Vec<Vec<usize>>],
-        (checkpoints, log, window): (&Checkpoints, &Log, &mut Window),
+        course: &mut Course,
         hooks: &mut dyn Hooks,
     ) -> Result<Outcome> {
         let left = (self.settings.total_steps - self.state.position.step) as usize;
-        let steps: Vec<_> = epoch.iter().skip(self.state.position.epoch_step as usize).take(left).collect();
+        let steps = epoch.iter().skip(self.state.position.epoch_step as usize).take(left);
+        let steps: Vec<_> = steps.map(|step| self.own_rows(step)).collect();
         let (source, device) = (Mutex::new(source), self.device());
         std::thread::scope(|scope| {
-            let (sender, batches) = sync_channel::<Result<Batch>>(1);
+            let (sender, batches) = sync_channel::<Result<Option<Batch>>>(1);
             let (source, planned) = (&source, &steps);
             scope.spawn(move || {
                 for rows in planned.iter().flat_map(|micro_batches| micro_batches.iter()) {
@@ -161,18 +140,18 @@ impl Trainer<'_> {
             let mut in_flight = None;
             for micro_batches in &steps {
                 let end_of_epoch = self.state.position.epoch_step + 1 == epoch.len() as u64;
-                let issued = self.one_step(&batches, micro_batches.len(), end_of_epoch, checkpoints)?;
+                let issued = self.one_step(&batches, micro_batches.len(), end_of_epoch, hooks)?;
                 // Figures are read one step late, while the device works on the next one.
                 let before = in_flight.replace(issued);
-                self.settle(before, window, hooks, checkpoints)?;
-                if self.is_due(hooks) {
-                    self.settle(in_flight.take(), window, hooks, checkpoints)?;
-                    if self.after_step(source, checkpoints, (log, window), hooks)? {
+                self.settle(before, course, hooks)?;
+                if self.is_due(course, hooks) {
+                    self.settle(in_flight.take(), course, hooks)?;
+                    if self.after_step(source, course, hooks)? {
                         return Ok(Outcome::Stopped);
                     }
                 }
             }
-            self.settle(in_flight, window, hooks, checkpoints)?;
+            self.settle(in_flight, course, hooks)?;
             Ok(Outcome::Finished)
         })
     }
@@ -183,38 +162,57 @@ impl Trainer<'_> {
         trained.map_or(Device::Cpu, |(_, param)| param.value.device())
     }
 
+    /// The ranks that rows are dealt to, if there are several.
+    fn data(&self) -> Option<Data> {
+        self.optimizer.ranks().map(|ranks| Data {
+            group: ranks.mesh.data.clone(),
+            sequence: ranks.mesh.sequence.clone(),
+            device: ranks.mesh.device,
+            is_first: ranks.mesh.is_first(),
+        })
+    }
+
+    /// This rank's micro-batches of those of a step.
+    fn own_rows(&self, step: &[Vec<usize>]) -> Vec<Vec<usize>> {
+        let data = self.data();
+        data.map_or_else(|| step.to_vec(), |data| self.order.deal(step, data.group.rank(), data.group.size()))
+    }
+
     /// Asks for the next step.
     fn one_step(
         &mut self,
-        batches: &Receiver<Result<Batch>>,
+        batches: &Receiver<Result<Option<Batch>>>,
         n_batches: usize,
         end_of_epoch: bool,
-        checkpoints: &Checkpoints,
+        hooks: &dyn Hooks,
     ) -> Result<Issued> {
         let started = Instant::now();
         let factor = self.settings.schedule.lr_factor(self.state.position.step, self.settings.total_steps);
         let (lr, shrink) = (self.optimizer.config().lr * factor, self.settings.shrink_on_oom);
         let batches = (0..n_batches).map(|_| batches.recv().expect("the fetching thread sends every batch"));
-        let pending = step(self.method, (&mut self.params, &mut self.optimizer), batches, (lr, shrink));
-        let pending = pending.map_err(|e| with_last_good(e, checkpoints))?;
+        let pending = step(self.method, (&mut self.params, &mut self.optimizer), batches, (lr, shrink))?;
+        let own = Tally { tokens: pending.tokens, stop: hooks.stop_requested() };
+        let tally = match self.data() {
+            Some(data) => own.over(data.group.as_ref(), data.device)?,
+            // Alone, whether to stop is asked after the step.
+            None => Later::ready(Tally { stop: false, ..own }),
+        };
         let position = &mut self.state.position;
         position.step += 1;
         (position.epoch, position.epoch_step) =
             if end_of_epoch { (position.epoch + 1, 0) } else { (position.epoch, position.epoch_step + 1) };
-        Ok(Issued { pending, lr, started, step: self.state.position.step })
+        Ok(Issued { pending, tally, lr, started, step: self.state.position.step })
     }
 
     /// Takes in the figures of a step, waiting for them if need be.
-    fn settle(
-        &mut self,
-        issued: Option<Issued>,
-        window: &mut Window,
-        hooks: &mut dyn Hooks,
-        checkpoints: &Checkpoints,
-    ) -> Result<()> {
-        let Some(Issued { pending, lr, started, step }) = issued else { return Ok(()) };
-        let done = pending.wait().map_err(|e| with_last_good(e, checkpoints))?;
-        self.state.tokens += done.figures.tokens;
+    fn settle(&mut self, issued: Option<Issued>, course: &mut Course, hooks: &mut dyn Hooks) -> Result<()> {
+        show_saved(course.saving.poll()?, hooks);
+        let Some(Issued { pending, tally, lr, started, step }) = issued else { return Ok(()) };
+        let done = pending.wait()?;
+        let tally = tally.wait()?;
+        course.stop |= tally.stop;
+        self.state.tokens += tally.tokens;
+        let window = &mut course.window;
         let since = window.settled.map_or(started, |settled| settled.max(started));
         let (seconds, total) = (since.elapsed().as_secs_f64(), self.settings.total_steps);
         window.settled = Some(Instant::now());
@@ -232,59 +230,126 @@ impl Trainer<'_> {
         self.is_last() || every > 0 && self.state.position.step.is_multiple_of(every)
     }
 
+    /// Whether the run is to stop: all ranks agree, one step after the first was asked to.
+    fn stop_requested(&self, course: &Course, hooks: &dyn Hooks) -> bool {
+        if self.optimizer.ranks().is_some() { course.stop } else { hooks.stop_requested() }
+    }
+
     /// Whether anything is to be done after this step.
-    fn is_due(&self, hooks: &dyn Hooks) -> bool {
+    fn is_due(&self, course: &Course, hooks: &dyn Hooks) -> bool {
         let settings = &self.settings;
         let every = [settings.eval_every, settings.log_every, settings.save_every];
-        every.into_iter().any(|every| self.due(every)) || hooks.stop_requested()
+        every.into_iter().any(|every| self.due(every)) || self.stop_requested(course, hooks)
     }
 
     /// Once in a while: log, evaluate, save. Returns whether to stop.
     fn after_step(
         &mut self,
         source: &Mutex<&mut dyn FeatureSource>,
-        checkpoints: &Checkpoints,
-        (log, window): (&Log, &mut Window),
+        course: &mut Course,
         hooks: &mut dyn Hooks,
     ) -> Result<bool> {
         let step = self.state.position.step;
-        let stop = !self.is_last() && hooks.stop_requested();
+        let stop = !self.is_last() && self.stop_requested(course, hooks);
         let held =
             if self.due(self.settings.eval_every) { Some(self.evaluate(source, hooks)?) } else { None };
         if held.is_some() || self.due(self.settings.log_every) {
-            let record = window.take(&self.state.position, held.as_ref());
-            log.write(&record)?;
-            hooks.event(Event::Record(&record));
+            self.record(held.as_ref(), course, hooks)?;
         }
         let best = held.is_some() && self.state.best.is_some_and(|best| best.step == step);
         if self.due(self.settings.save_every) || stop || best {
-            let folder = checkpoints.save(&self.params, &self.optimizer, &self.state)?;
-            hooks.event(Event::Saved(&folder));
+            self.optimizer.gather(&mut self.params)?;
+            let snapshot = Snapshot::take(&self.params, &self.optimizer, &self.state)?;
+            show_saved(course.saving.start(snapshot)?, hooks);
         }
         Ok(stop)
     }
 
+    /// A line of the log: figures of all ranks since the last one.
+    fn record(&self, held: Option<&Held>, course: &mut Course, hooks: &mut dyn Hooks) -> Result<()> {
+        let mut window = std::mem::replace(&mut course.window, Window::new());
+        if let Some(data) = self.data() {
+            window.figures = data.over(window.figures)?;
+        }
+        let record = window.record(&self.state.position, held);
+        if let Some(log) = &course.log {
+            log.write(&record)?;
+        }
+        hooks.event(Event::Record(&record));
+        Ok(())
+    }
+
     fn evaluate(&mut self, source: &Mutex<&mut dyn FeatureSource>, hooks: &mut dyn Hooks) -> Result<Held> {
+        self.optimizer.gather(&mut self.params)?;
+        let data = self.data();
         let figures = match self.settings.held_out.as_slice() {
             [] => None,
             rows => {
-                let batches = rows.iter().map(|rows| fetch(source, rows, self.device()));
-                Some(evaluate(self.method, &self.params, batches)?)
+                let own = self.own_rows(rows);
+                let batches = own.iter().map(|rows| fetch(source, rows, self.device()));
+                let figures = evaluate(self.method, &self.params, batches)?;
+                Some(data.as_ref().map_or(Ok(figures.clone()), |data| data.over(figures.clone()))?)
             }
         };
-        let acceptance_length = hooks.acceptance_length(self.method, &self.params)?;
-        let estimate = figures.as_ref().map(Figures::estimated_acceptance_length);
-        if let Some(reached) = acceptance_length.or(estimate) {
-            let decoded = acceptance_length.is_some();
-            let better = |best: Best| (decoded, reached) > (best.decoded, best.acceptance_length);
-            if self.state.best.is_none_or(better) {
-                let step = self.state.position.step;
-                self.state.best = Some(Best { step, acceptance_length: reached, decoded });
-            }
+        let mut decoded = None;
+        if data.as_ref().is_none_or(|data| data.is_first) {
+            decoded = hooks.acceptance_length(self.method, &self.params)?;
         }
-        let held = Held { figures, acceptance_length };
+        let mut estimate = figures.as_ref().map(Figures::estimated_acceptance_length);
+        if let Some(ranks) = self.optimizer.ranks() {
+            // Whether this step is the best one is for the first rank to say.
+            [decoded, estimate] =
+                from_first(ranks.mesh.world.as_ref(), ranks.mesh.device, [decoded, estimate])?;
+        }
+        self.note_best(decoded, estimate);
+        let held = Held { figures, acceptance_length: decoded };
         hooks.event(Event::Evaluated(&held));
         Ok(held)
+    }
+
+    fn note_best(&mut self, decoded: Option<f64>, estimate: Option<f64>) {
+        let Some(acceptance_length) = decoded.or(estimate) else { return };
+        let decoded = decoded.is_some();
+        let better = |best: Best| (decoded, acceptance_length) > (best.decoded, best.acceptance_length);
+        if self.state.best.is_none_or(better) {
+            let step = self.state.position.step;
+            self.state.best = Some(Best { step, acceptance_length, decoded });
+        }
+    }
+}
+
+/// The ranks that rows are dealt to.
+#[derive(Debug)]
+struct Data {
+    group: Arc<dyn Group>,
+    /// Those that share this rank's rows.
+    sequence: Arc<dyn Group>,
+    device: Device,
+    is_first: bool,
+}
+
+impl Data {
+    /// Figures of all ranks.
+    fn over(&self, figures: Figures) -> Result<Figures> {
+        let of_rows = figures.over_sequence(self.sequence.as_ref(), self.device)?;
+        of_rows.over(self.group.as_ref(), self.device)
+    }
+}
+
+/// What goes along with a run.
+#[derive(Debug)]
+struct Course {
+    /// Of the first rank alone.
+    log: Option<Log>,
+    window: Window,
+    saving: Saving,
+    /// A rank was asked to stop.
+    stop: bool,
+}
+
+fn show_saved(folder: Option<PathBuf>, hooks: &mut dyn Hooks) {
+    if let Some(folder) = folder {
+        hooks.event(Event::Saved(&folder));
     }
 }
 
@@ -292,15 +357,20 @@ impl Trainer<'_> {
 #[derive(Debug)]
 struct Issued {
     pending: PendingStep,
+    tally: Later<Tally>,
     lr: f64,
     started: Instant,
     step: u64,
 }
 
-fn fetch(source: &Mutex<&mut dyn FeatureSource>, rows: &[usize], device: Device) -> Result<Batch> {
+/// The batch of these rows; nothing without a row.
+fn fetch(source: &Mutex<&mut dyn FeatureSource>, rows: &[usize], device: Device) -> Result<Option<Batch>> {
+    if rows.is_empty() {
+        return Ok(None);
+    }
     let mut source =
         source.lock().map_err(|_| Error::Mode("the source of features failed before".to_owned()))?;
-    Ok(source.fetch(rows)?.to_device(device)?)
+    Ok(Some(source.fetch(rows)?.to_device(device)?))
 }
 
 /// Names the last good checkpoint in an error that stops the run for numerical reasons.
@@ -312,53 +382,5 @@ fn with_last_good(error: Error, checkpoints: &Checkpoints) -> Error {
             Error::NotFinite { step, what, value, rows, checkpoint }
         }
         other => other,
-    }
-}
-
-/// Figures since the last record.
-#[derive(Debug)]
-struct Window {
-    figures: Figures,
-    lr: f64,
-    grad_norm: f64,
-    started: Instant,
-    /// When the last step's figures came.
-    settled: Option<Instant>,
-}
-
-impl Window {
-    fn new() -> Self {
-        Self { figures: Figures::default(), lr: 0.0, grad_norm: 0.0, started: Instant::now(), settled: None }
-    }
-
-    fn add(&mut self, figures: &Figures, lr: f64, grad_norm: f64) {
-        self.figures.merge(figures);
-        (self.lr, self.grad_norm) = (lr, grad_norm);
-    }
-
-    fn take(&mut self, position: &crate::Position, held: Option<&Held>) -> Record {
-        let Self { figures, lr, grad_norm, started, .. } = std::mem::replace(self, Self::new());
-        Record {
-            step: position.step,
-            epoch: position.epoch,
-            loss: figures.objective.value(),
-            accuracy: figures.values("accuracy"),
-            acceptance: figures.values("acceptance"),
-            lr,
-            grad_norm,
-            tokens_per_second: figures.tokens as f64 / started.elapsed().as_secs_f64().max(1e-9),
-            held_out: held.map(|held| {
-                let (figures, values) = (held.figures.as_ref(), |name: &str| {
-                    held.figures.as_ref().map_or_else(Vec::new, |figures| figures.values(name))
-                });
-                HeldRecord {
-                    loss: figures.map(|figures| figures.objective.value()),
-                    accuracy: values("accuracy"),
-                    acceptance: values("acceptance"),
-                    estimated_acceptance_length: figures.map(Figures::estimated_acceptance_length),
-                    acceptance_length: held.acceptance_length,
-                }
-            }),
-        }
     }
 }

@@ -3,9 +3,10 @@
 use super::{Violation, crate_of, violation};
 
 /// From the bottom up; crates of one layer do not depend on each other.
-const LAYERS: [&[&str]; 9] = [
+const LAYERS: [&[&str]; 10] = [
     &["cuda", "remote"],
     &["tensor"],
+    &["parallel"],
     &["nn"],
     &["models", "data", "store"],
     &["methods"],

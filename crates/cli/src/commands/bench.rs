@@ -3,14 +3,14 @@
 mod adamw;
 mod attention;
 mod clock;
-mod data;
+pub(super) mod data;
 mod floor;
-mod flops;
+pub(super) mod flops;
 mod gemm;
 mod loss;
-mod preset;
+pub(super) mod preset;
 mod step;
-mod subject;
+pub(super) mod subject;
 
 use anyhow::Result;
 use clap::{Subcommand, ValueEnum};

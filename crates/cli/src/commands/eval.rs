@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use specforge_config::RunPlan;
 use specforge_eval::{Options, Report, Sampling, Speculation};
-use specforge_methods::{DraftMethod, Frozen};
+use specforge_methods::{DraftMethod, Frozen, Ranks};
 use specforge_models::Target;
 use specforge_tensor::Params;
 use specforge_train::{Checkpoint, Checkpoints};
@@ -125,7 +125,7 @@ fn draft(
     }
     let checkpoint = checkpoint(plan, &args.checkpoint)?;
     let data = setup::prepared(plan)?;
-    let (method, mut params) = setup::draft(plan, target.info(), frozen, &data)?;
+    let (method, mut params) = setup::draft(plan, target.info(), frozen, &data, &Ranks::default())?;
     setup::restore(&checkpoint, plan, method.as_ref(), &mut params)?;
     note!("draft     {}", checkpoint.folder.display());
     Ok((method, params))

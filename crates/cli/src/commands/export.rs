@@ -11,7 +11,7 @@ use specforge_export::{
     Eagle3Config, Eagle3Export, Severity, Tensor as FileTensor, WriteOptions, check, is_earlier_export,
     read_eagle3, rope_parameters,
 };
-use specforge_methods::{DraftMethod, Frozen, MethodConfig, VocabMap, eagle3};
+use specforge_methods::{DraftMethod, Frozen, MethodConfig, Ranks, VocabMap, eagle3};
 use specforge_models::{Capture, TargetInfo};
 use specforge_tensor::{Params, Tensor};
 
@@ -94,7 +94,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let plan = recipe.plan()?;
     let info = TargetInfo::read(&plan.target.path)?;
     let data = setup::prepared(&plan)?;
-    let (method, mut params) = setup::draft(&plan, &info, &setup::frozen(&plan, &info)?, &data)?;
+    let (method, mut params) =
+        setup::draft(&plan, &info, &setup::frozen(&plan, &info)?, &data, &Ranks::default())?;
     setup::restore(&checkpoint(&plan, &args.checkpoint)?, &plan, method.as_ref(), &mut params)?;
     let mut options = Options::of(&plan, args.overwrite);
     options.write.with_embeddings |= args.embeddings;

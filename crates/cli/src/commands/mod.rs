@@ -6,6 +6,7 @@ pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod import;
 pub(crate) mod info;
+pub(crate) mod plan;
 pub(crate) mod prepare;
 pub(crate) mod regenerate;
 pub(crate) mod train;

@@ -8,23 +8,23 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::json;
-use specforge_config::{Length, Mode, OnOom, RunPlan};
+use specforge_config::{Exchange, Length, Mode, OnOom, RunPlan};
 use specforge_data::Prepared;
 use specforge_eval::{Options, Report};
-use specforge_methods::{DraftMethod, Frozen};
+use specforge_methods::{DraftMethod, Frozen, Sequence};
 use specforge_models::{Target, TargetInfo};
-use specforge_nn::optimizer::AdamW;
 use specforge_nn::weights::Weights;
 use specforge_store::Reader;
 use specforge_tensor::Params;
 use specforge_train::{
-    Cache, Checkpoint, Checkpoints, Event, FeatureSource, Held, Hooks, Offline, Online, Order, Outcome,
-    Settings, State, Trainer,
+    Cache, Checkpoint, Checkpoints, Event, FeatureSource, Held, Hooks, Offline, Online, Optimizer, Order,
+    Outcome, Ranks, Settings, State, Trainer,
 };
 
 use super::capture::stop_on_signal;
 use super::{eval, export};
 use crate::lock;
+use crate::ranks::{self, Ending, Rank};
 use crate::setup::{self, RecipeArgs};
 use crate::show::{Progress, note, positions, print, rate, table};
 use crate::warm_start;
@@ -82,41 +82,40 @@ struct Summary {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
-    let plan = args.recipe.plan()?;
-    let _lock = lock::take(&plan.run_dir)?;
-    let resume = clear_or_resume(args, &plan)?;
-    export::check_place(&plan.export.path)?;
-    let data = setup::prepared(&plan)?;
+    ranks::run(args.recipe.read()?, |plan, rank| on_rank(args, &plan, rank, started))
+}
+
+fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result<Ending> {
+    let _lock = if rank.is_first() { Some(lock::take(&plan.run_dir)?) } else { None };
+    let resume = resumed(args, plan, rank)?;
+    let data = rank.first_then_others(|| setup::prepared(plan))?;
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
-    let Parts { info, method, params, mut source, mut decoder } = Parts::build(&plan, &data, &held_out)?;
-    let mut trainer = trainer(&plan, method.as_ref(), params, &data, (&train_rows, &held_out))?;
-    let untrained = if let Some(checkpoint) = &resume {
-        take_up(&mut trainer, checkpoint, &plan)?;
-        fs_err::read(plan.run_dir.join(UNTRAINED)).ok().and_then(|text| serde_json::from_slice(&text).ok())
-    } else {
-        setup::write_text(&plan.run_dir.join(PLAN), &plan.to_json())?;
-        let untrained = decoder.acceptance_length(method.as_ref(), &trainer.params)?;
-        setup::write_json(&plan.run_dir.join(UNTRAINED), &untrained)?;
-        untrained
-    };
+    let ranks = rank.mesh(&plan.parallel)?;
+    let Parts { info, method, params, mut source, mut decoder } =
+        Parts::build(plan, &data, &held_out, (rank, ranks.as_ref()))?;
+    let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), ranks)?;
+    let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
     let training = Instant::now();
     let tokens_before = trainer.state.tokens;
     let mut hooks = Terminal::new(&mut decoder, stop_on_signal()?, trainer.settings.total_steps);
     let outcome = trainer.run(source.as_mut(), &mut hooks);
     hooks.progress.done();
     if outcome? == Outcome::Stopped {
-        bail!(
+        return Ok(Ending::Stopped(format!(
             "stopped at step {} and saved; go on with: specforge train {} --resume",
             trainer.state.position.step,
             args.recipe.words()
-        );
+        )));
+    }
+    if !rank.is_first() {
+        return Ok(Ending::Done);
     }
     let tokens_per_second =
         (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
-    let best = use_best(&mut trainer, &plan)?;
+    let best = use_best(&mut trainer, plan)?;
     let report = decoder.measure(method.as_ref(), &trainer.params)?;
     let export_dir =
-        export::write(&plan, &info, method.as_ref(), &trainer.params, &export::Options::of(&plan, false))?;
+        export::write(plan, &info, method.as_ref(), &trainer.params, &export::Options::of(plan, false))?;
     let summary = Summary {
         name: plan.name.clone(),
         method: plan.method.name(),
@@ -139,10 +138,48 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     setup::write_json(&plan.run_dir.join("summary.json"), &summary)?;
     if args.json {
-        print(serde_json::to_string_pretty(&summary)?)
+        print(serde_json::to_string_pretty(&summary)?)?;
     } else {
-        print(format_args!("\n{}", shown(&summary, &plan)))
+        print(format_args!("\n{}", shown(&summary, plan)))?;
     }
+    Ok(Ending::Done)
+}
+
+/// The checkpoint to go on from, which the first rank chooses.
+fn resumed(args: &Args, plan: &RunPlan, rank: &Rank) -> Result<Option<Checkpoint>> {
+    let mut own = None;
+    let folder = rank.told(|| {
+        own = clear_or_resume(args, plan)?;
+        export::check_place(&plan.export.path)?;
+        let folder = own.as_ref().map(|checkpoint| checkpoint.folder.to_string_lossy().into_owned());
+        Ok(folder.unwrap_or_default())
+    })?;
+    if rank.is_first() {
+        return Ok(own);
+    }
+    Ok(if folder.is_empty() { None } else { Some(Checkpoint::open(Path::new(&folder))?) })
+}
+
+/// Takes a checkpoint up, or starts afresh; the acceptance length before training.
+fn begin(
+    trainer: &mut Trainer<'_>,
+    resume: Option<&Checkpoint>,
+    plan: &RunPlan,
+    decoder: &mut Decoder,
+    rank: &Rank,
+) -> Result<Option<f64>> {
+    let path = plan.run_dir.join(UNTRAINED);
+    if let Some(checkpoint) = resume {
+        take_up(trainer, checkpoint, plan)?;
+        return Ok(fs_err::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok()));
+    }
+    if !rank.is_first() {
+        return Ok(None);
+    }
+    setup::write_text(&plan.run_dir.join(PLAN), &plan.to_json())?;
+    let untrained = decoder.acceptance_length(trainer.method, &trainer.params)?;
+    setup::write_json(&path, &untrained)?;
+    Ok(untrained)
 }
 
 /// The checkpoint to go on from; a run that is there already is neither continued nor replaced without being told.
@@ -254,7 +291,17 @@ struct Parts {
 }
 
 impl Parts {
-    fn build(plan: &RunPlan, data: &Arc<Prepared>, held_out: &[usize]) -> Result<Self> {
+    fn build(
+        plan: &RunPlan,
+        data: &Arc<Prepared>,
+        held_out: &[usize],
+        (rank, ranks): (&Rank, Option<&Ranks>),
+    ) -> Result<Self> {
+        if plan.mode == Mode::Cache && rank.size() > 1 {
+            bail!(
+                "mode = \"cache\" has one rank: capture first (`specforge capture` takes any number), then train with mode = \"offline\""
+            );
+        }
         let info = TargetInfo::read(&plan.target.path)?;
         info.expect_teacher()?;
         let target = if plan.mode == Mode::Offline { None } else { Some(setup::target(plan)?) };
@@ -262,7 +309,7 @@ impl Parts {
             Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },
             None => setup::frozen(plan, &info)?,
         };
-        let (method, mut params) = setup::draft(plan, &info, &frozen, data)?;
+        let (method, mut params) = setup::draft(plan, &info, &frozen, data, &of_batch(plan, ranks))?;
         if let Some(folder) = &plan.train.warm_start {
             warm_start::replace(folder, method.as_ref(), &mut params)?;
         }
@@ -275,6 +322,16 @@ impl Parts {
         let decoder = Decoder { target, plan: plan.clone(), prompts };
         Ok(Self { info, method, params, source, decoder })
     }
+}
+
+/// The ranks that share a batch.
+fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
+    let exchange = match plan.parallel.exchange {
+        Exchange::Ring => specforge_methods::Exchange::Ring,
+        Exchange::Heads => specforge_methods::Exchange::Heads,
+    };
+    let sequence = ranks.map(|ranks| Sequence { ranks: ranks.mesh.sequence.clone(), exchange });
+    specforge_methods::Ranks { tensor: None, sequence }
 }
 
 /// Where the features come from.
@@ -309,6 +366,7 @@ fn trainer<'a>(
     params: Params,
     data: &Prepared,
     (train_rows, held_out): (&[usize], &[usize]),
+    ranks: Option<Ranks>,
 ) -> Result<Trainer<'a>> {
     let lengths = |rows: &[usize]| rows.iter().map(|&r| (r, data.row(r).ids.len())).collect::<Vec<_>>();
     let order = Order {
@@ -347,7 +405,7 @@ fn trainer<'a>(
         plan.method.name(),
         trained as f64 / 1e6
     );
-    let optimizer = AdamW::new(plan.train.optimizer.clone(), &params)?;
+    let optimizer = Optimizer::new(plan.train.optimizer.clone(), &params, ranks)?;
     Ok(Trainer { method, params, optimizer, order, settings, state: State::new(identity) })
 }
 

@@ -1,6 +1,6 @@
 //! Processes that are stopped half-way.
 
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::world::{Ran, World};
@@ -11,7 +11,11 @@ pub(crate) struct Running(Child);
 impl Running {
     /// Starts a command.
     pub(crate) fn start(world: &World, args: &[&str]) -> Self {
-        let mut command = world.specforge(args);
+        Self::of(world.specforge(args))
+    }
+
+    /// Starts any command.
+    pub(crate) fn of(mut command: Command) -> Self {
         Self(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
@@ -32,10 +36,23 @@ impl Running {
         at_work
     }
 
+    /// Kills one of the processes that this one has started (SIGKILL) and waits for the end of all; `None` where they
+    /// had ended.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn kill_child(mut self, which: usize) -> Option<Ran> {
+        let pid = self.0.id();
+        let children = fs_err::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        let children: Vec<&str> = children.split_whitespace().collect();
+        let child = children.get(which % children.len().max(1))?;
+        let killed = Command::new("kill").args(["-KILL", child]).status().unwrap().success();
+        let ran = self.end();
+        killed.then_some(ran)
+    }
+
     /// Sends a signal by name and waits for the end.
     pub(crate) fn signal(mut self, name: &str) -> Ran {
         let pid = self.0.id().to_string();
-        let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap();
+        let sent = Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap();
         assert!(sent.success());
         self.end()
     }

@@ -41,7 +41,8 @@ pub struct Dims {
 pub(super) const N_CAPTURED: usize = 3;
 
 impl Dims {
-    pub(super) fn resolve(config: &Config, target: &TargetInfo, draft_vocab_size: usize) -> Result<Self> {
+    /// The shape that a recipe's settings give for this target.
+    pub fn resolve(config: &Config, target: &TargetInfo, draft_vocab_size: usize) -> Result<Self> {
         let dims = Self {
             hidden_size: config.hidden_size.unwrap_or(target.hidden_size),
             target_hidden_size: target.hidden_size,

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use specforge_tensor::{Attention, KeyValue, Params, Part, Spans, Tape, Tensor, Var, Weight};
+use specforge_tensor::{Attention, KeyValue, Params, Part, Spans, Split, Tape, Tensor, Var, Weight};
 
 use super::{At, Eagle3};
 use crate::{Drafter, Error, Result};
@@ -26,7 +26,7 @@ pub(super) struct Eagle3Drafter<'a> {
 impl<'a> Eagle3Drafter<'a> {
     pub(super) fn new(method: &'a Eagle3, params: &'a Params) -> Result<Self> {
         let device = method.teacher_head.device();
-        let kv = 2 * method.dims.num_key_value_heads * method.dims.head_dim;
+        let kv = 2 * method.n_kv_heads() * method.dims.head_dim;
         let empty = |width: usize| Tensor::activations(device, &[0, width]);
         let (base, nodes) = (empty(kv)?, empty(kv)?);
         let (states, root) = (empty(method.dims.hidden_size)?, empty(method.dims.hidden_size)?);
@@ -58,6 +58,10 @@ impl<'a> Eagle3Drafter<'a> {
         let out = m.finish_layer(tape, h, &a)?;
         let normed = tape.rms_norm(&out, m.modules.norm, m.eps())?;
         let logits = tape.linear(&normed, &Weight::of(m.modules.lm_head))?;
+        let logits = match m.ranks.tensor() {
+            Some(ranks) => tape.input(Split::of(ranks, false, ranks.size()).whole(logits.value(), ranks)?),
+            None => logits,
+        };
         let state = if m.dims.norm_output { normed } else { out };
         Ok((state.value().clone(), logits))
     }

@@ -36,6 +36,30 @@ pub(super) struct Plan {
     pub(super) best: Vec<u32>,
     /// Supervised rows per step, whether the draft can name their best token or not.
     pub(super) supervised: Vec<f64>,
+    /// What the batch's gradients are divided by.
+    pub(super) weight: f64,
+    /// The rows of the batch that are this rank's.
+    pub(super) slice: Slice,
+}
+
+/// The share of a batch's rows that one rank computes.
+pub(super) struct Slice {
+    /// The rows. A rank that would have none stands in with the last row, which then is nobody's key and has no loss.
+    pub(super) rows: Range<usize>,
+    /// The tokens that they read at some step.
+    pub(super) tokens: Range<usize>,
+    /// Keys of this rank, and of a rank at most.
+    pub(super) n_keys: usize,
+    pub(super) each: usize,
+    /// The keys that the live rows of every rank see; empty where one has all rows.
+    pub(super) sights: Vec<Vec<Range<u32>>>,
+}
+
+impl Slice {
+    /// All rows.
+    fn whole(n: usize) -> Self {
+        Self { rows: 0..n, tokens: 0..n, n_keys: n, each: n, sights: Vec::new() }
+    }
 }
 
 impl Plan {
@@ -85,30 +109,106 @@ impl Plan {
         let sources = pairs.iter().map(|&p| place[p as usize]).collect();
         let document = |&p: &u32| &batch.bounds[document_of[p as usize]];
         let documents = live.iter().map(|p| document(p).start as u32..document(p).end as u32).collect();
-        Self { live, documents, rows, sources, best, supervised }
+        let (slice, weight) = (Slice::whole(batch.n_tokens()), rows.total_weight);
+        Self { live, documents, rows, sources, best, supervised, weight, slice }
     }
 
-    /// Step 0 of every row: the token after it in its document (`u32::MAX` at the end), its own position.
-    pub(super) fn all_rows(batch: &Batch, device: Device) -> At {
+    /// The share of rank `rank` of `size`, `steps` test-time-training steps being read ahead. Sums of losses are its
+    /// rows' own; what figures are divided by is the first rank's, so that all of them add up to the batch's.
+    pub(super) fn share(self, (rank, size): (usize, usize), steps: usize) -> Self {
+        let n = self.slice.rows.end;
+        let each = n.div_ceil(size);
+        let of = |rank: usize| (rank * each).min(n)..((rank + 1) * each).min(n);
+        let (keys, has_rows) = (of(rank), !of(rank).is_empty());
+        let rows = if has_rows { keys.clone() } else { n - 1..n };
+        // 1. Live rows of every rank; at least one, so that all take part in every exchange.
+        let live_of = |rows: &Range<usize>| -> Vec<usize> {
+            let own = |p: &u32| rows.contains(&(*p as usize));
+            (0..self.live.len()).filter(|&i| own(&self.live[i])).collect()
+        };
+        let sight_of = |rank: usize| -> Vec<Range<u32>> {
+            let sight: Vec<Range<u32>> =
+                live_of(&of(rank)).into_iter().map(|i| self.documents[i].start..self.live[i] + 1).collect();
+            if sight.is_empty() { std::iter::once(0..0).collect() } else { sight }
+        };
+        let sights = (0..size).map(sight_of).collect();
+        let own = live_of(&keys);
+        let stand_in = rows.start as u32;
+        let (live, documents) = if own.is_empty() {
+            (vec![stand_in], std::iter::once(stand_in..stand_in + 1).collect())
+        } else {
+            (
+                own.iter().map(|&i| self.live[i]).collect(),
+                own.iter().map(|&i| self.documents[i].clone()).collect(),
+            )
+        };
+        // 2. Rows with loss, and the place of each among the live ones.
+        let is_own = |source: u32| own.binary_search(&(source as usize));
+        let kept: Vec<usize> = (0..self.sources.len()).filter(|&r| is_own(self.sources[r]).is_ok()).collect();
+        let pick = |all: &[u32]| kept.iter().map(|&r| all[r]).collect::<Vec<u32>>();
+        let all = &self.rows;
+        let first = if rank == 0 { 1.0 } else { 0.0 };
+        Self {
+            rows: LossRows {
+                teacher_row: pick(&all.teacher_row),
+                group: pick(&all.group),
+                weight: kept.iter().map(|&r| all.weight[r]).collect(),
+                total_weight: first * all.total_weight,
+            },
+            sources: kept.iter().filter_map(|&r| is_own(self.sources[r]).ok()).map(|i| i as u32).collect(),
+            best: pick(&self.best),
+            supervised: self.supervised.iter().map(|n| first * n).collect(),
+            weight: self.weight,
+            slice: Slice {
+                tokens: rows.start..(rows.end + steps).min(n),
+                n_keys: if has_rows { rows.len() } else { 0 },
+                rows,
+                each,
+                sights,
+            },
+            live,
+            documents,
+        }
+    }
+
+    /// The step-0 keys that each live row sees: from its document's start up to itself.
+    pub(super) fn sight(&self) -> impl Iterator<Item = Range<u32>> {
+        let is_own = self.slice.n_keys > 0;
+        let pairs = self.live.iter().zip(&self.documents);
+        pairs.map(move |(p, document)| if is_own { document.start..p + 1 } else { 0..0 })
+    }
+
+    /// Step 0 of every row of the slice: the token after it in its document (`u32::MAX` at the end), counted from the
+    /// slice's first, and its own position.
+    pub(super) fn all_rows(&self, batch: &Batch, device: Device) -> At {
         let mut token: Vec<u32> = (1..=batch.n_tokens() as u32).collect();
         batch.bounds.iter().for_each(|b| token[b.end - 1] = u32::MAX);
-        At::new(device, token, batch.positions.clone())
+        let Slice { rows, tokens, .. } = &self.slice;
+        let token =
+            token[rows.clone()].iter().map(|&t| if t == u32::MAX { t } else { t - tokens.start as u32 });
+        At::new(device, token.collect(), batch.positions[rows.clone()].to_vec())
     }
 
-    /// Live rows at a TTT step.
+    /// Live rows at a TTT step; tokens are counted from the slice's first.
     pub(super) fn live_rows(&self, batch: &Batch, step: usize, device: Device) -> At {
-        let step = step as u32;
-        let token = |(&p, d): (&u32, &Range<u32>)| if p + 1 + step < d.end { p + 1 + step } else { u32::MAX };
+        let (step, first) = (step as u32, self.slice.tokens.start as u32);
+        let token =
+            |(&p, d): (&u32, &Range<u32>)| if p + 1 + step < d.end { p + 1 + step - first } else { u32::MAX };
         let token = self.live.iter().zip(&self.documents).map(token).collect();
         let position = self.live.iter().map(|&p| batch.positions[p as usize] + step).collect();
         At::new(device, token, position)
     }
 
-    /// Live rows see the step-0 keys from their document's start up to themselves.
+    /// As [`Plan::sight`], for attention where all keys are here.
     pub(super) fn spans(&self, device: Device) -> Spans {
-        let lo = self.documents.iter().map(|d| d.start).collect();
-        let hi = self.live.iter().map(|p| p + 1).collect();
+        let (lo, hi) = self.sight().map(|keys| (keys.start, keys.end)).unzip();
         Spans { lo: Tensor::from_u32(device, lo), hi: Tensor::from_u32(device, hi) }
+    }
+
+    /// The live rows, counted from the slice's first.
+    pub(super) fn live_in_slice(&self, device: Device) -> Tensor {
+        let first = self.slice.rows.start as u32;
+        Tensor::from_u32(device, self.live.iter().map(|p| p - first).collect())
     }
 
     /// A step's rows with loss: their live rows, and their places among all rows with loss.

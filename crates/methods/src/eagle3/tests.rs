@@ -1,6 +1,9 @@
 //! EAGLE3 against the reference cases: losses, metrics, every gradient, the optimizer's path, serving's logits; and
 //! the shortcuts (live rows, the embedding half once) against the plain form.
 
+mod parallel;
+mod ranks;
+
 use std::ops::Range;
 use std::path::Path;
 
@@ -58,13 +61,28 @@ fn part(dir: &Path, json: &Value, file: &str, from: &str) -> Tensors {
 }
 
 fn draft(config: &Value, method: &Config, weights: &Tensors, frozen_head: Tensor) -> (Eagle3, Params) {
+    draft_on(&Ranks::default(), config, method, weights, frozen_head)
+}
+
+/// A rank's share of the stored weights.
+fn draft_on(
+    ranks: &Ranks,
+    config: &Value,
+    method: &Config,
+    weights: &Tensors,
+    frozen_head: Tensor,
+) -> (Eagle3, Params) {
     let mut dims = Dims::from_json(config).expect("the case's config");
     let head_norm = config["norm_output"].as_bool().unwrap_or(true);
     dims.norm_output = false;
     let mut params = Params::new();
     for (name, shape) in dims.weights() {
         assert_eq!(weights.f32(&name).0, shape, "{name}");
-        params.add(name.clone(), tensor(weights, &name), name != "embed_tokens.weight");
+        let split = ranks.tensor().and_then(|ranks| shares::split_of(&name, &dims, ranks));
+        let whole = tensor(weights, &name);
+        let own = split.map_or(whole.clone(), |split| split.cut(&whole).expect("equal pieces"));
+        let id = params.add(name.clone(), own, name != "embed_tokens.weight");
+        params.get_mut(id).split = split;
     }
     let vocab = if weights.contains("d2t") {
         VocabMap::from_offsets(&weights.i64("d2t").1, dims.vocab_size).expect("a valid map")
@@ -73,7 +91,7 @@ fn draft(config: &Value, method: &Config, weights: &Tensors, frozen_head: Tensor
     };
     let frozen = Frozen { embedding: tensor(weights, "embed_tokens.weight"), head: frozen_head };
     let capture = Capture { layers: vec![0, 1, 2], last_hidden: true };
-    let mut eagle3 = Eagle3::over(method, dims, capture, &frozen, vocab, &params).expect("a draft");
+    let mut eagle3 = Eagle3::over_on(ranks, method, dims, capture, &frozen, vocab, &params).expect("a draft");
     eagle3.head_norm = head_norm;
     (eagle3, params)
 }
@@ -139,6 +157,10 @@ fn batch(inputs: &Tensors, head: &Tensor) -> Batch {
 }
 
 fn load(dir: &Path) -> Case {
+    load_on(dir, &Ranks::default())
+}
+
+fn load_on(dir: &Path, ranks: &Ranks) -> Case {
     let json = case_json(dir);
     let config = case_json(dir.join("config.json"));
     let weights = part(dir, &json, "weights.safetensors", "weights_from");
@@ -148,7 +170,7 @@ fn load(dir: &Path) -> Case {
         part(dir, &json, "inputs.safetensors", "inputs_from")
     };
     let head = head_of(&inputs, &json);
-    let (method, params) = draft(&config, &method_config(&json), &weights, head.clone());
+    let (method, params) = draft_on(ranks, &config, &method_config(&json), &weights, head.clone());
     let batch = batch(&inputs, &head);
     Case { method, params, batch, outputs: Tensors::read(dir.join("outputs.safetensors")), json }
 }

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use specforge_nn::weights::{Dtype, Weights};
-use specforge_tensor::{DType, Device, Tensor};
+use specforge_tensor::{DType, Device, Split, Tensor};
 
 use super::Loader;
 use crate::quantization::Quantization;
@@ -98,6 +98,23 @@ impl Raw<'_> {
             if self.dtype == more.dtype { (self, more) } else { (widened(self), widened(more)) };
         all.bytes.to_mut().extend_from_slice(&more.bytes);
         all
+    }
+
+    /// The same bytes.
+    pub(super) fn whole(&self) -> Raw<'_> {
+        Raw { dtype: self.dtype, bytes: Cow::Borrowed(&self.bytes) }
+    }
+
+    /// Of a tensor of `rows` rows, one piece of several.
+    pub(super) fn piece(&self, rows: usize, split: Split) -> Raw<'_> {
+        let n = self.bytes.len() / split.pieces;
+        if split.rows {
+            return Raw { dtype: self.dtype, bytes: Cow::Borrowed(&self.bytes[split.piece * n..][..n]) };
+        }
+        let row = self.bytes.len() / rows;
+        let part = row / split.pieces;
+        let parts = self.bytes.chunks_exact(row).flat_map(|row| row[split.piece * part..][..part].iter());
+        Raw { dtype: self.dtype, bytes: Cow::Owned(parts.copied().collect()) }
     }
 
     /// Of a matrix of `rows` rows, row `order[i]` as row i.

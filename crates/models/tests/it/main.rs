@@ -8,3 +8,4 @@ mod decode;
 mod folder;
 mod golden;
 mod mixtures;
+mod parallel;

@@ -7,13 +7,15 @@ use super::simd::dot;
 use super::{f32_mut, tensor};
 use crate::kernels::{AdamStep, AdamTensor};
 use crate::tensor::Buffer;
-use crate::{DType, Error, Result, Tensor};
+use crate::{Across, Combine, DType, Device, Error, Group, Result, Tensor};
 
 const CHUNK: usize = 1 << 14;
 
 /// One step; returns the norm of the gradients divided by the weight.
-pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<f64> {
+pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep, across: &Across<'_>) -> Result<f64> {
     let squares: f64 = tensors.iter().map(|t| sum_squares(t.grad)).sum();
+    let squares = summed(squares, across.squares)?;
+    let step = &AdamStep { weight: summed(step.weight, across.weight)?, ..*step };
     let norm = squares.sqrt() / step.weight;
     if !norm.is_finite() {
         return Ok(norm);
@@ -33,6 +35,14 @@ pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<f6
         (*t.param, **remainder) = (param, rest);
     }
     Ok(norm)
+}
+
+/// A number added up over the ranks of a group.
+fn summed(own: f64, group: Option<&dyn Group>) -> Result<f64> {
+    let Some(group) = group else { return Ok(own) };
+    let mut sum = Tensor::from_f64(Device::Cpu, vec![own])?;
+    group.all_reduce(&mut sum, Combine::Sum)?;
+    Ok(sum.later_f64()?.wait()?[0])
 }
 
 fn update(

@@ -2,6 +2,8 @@
 //! the draft's logits of all rows that read them, the loss, the gradient in place of the logits, its products with
 //! the head and the rows, and the chunk is gone.
 
+mod shared;
+
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -13,7 +15,7 @@ use super::simd::{dot, exp_sum, max, overlap, scale, sum_exp, vectorised};
 use super::{f32_mut, tensor, u32s};
 use crate::kernels::{RowFigures, RowLoss, SoftTargets, TeacherRows, VocabStats};
 use crate::ops::teacher_chunks;
-use crate::{Device, Later, Tensor};
+use crate::{Device, Later, Result, Tensor};
 
 /// The most logits of one kind that exist at once (16 MiB). Small in this crate's tests, so that they cross chunks.
 const CHUNK_LOGITS: usize = if cfg!(test) { 1 << 10 } else { 1 << 22 };
@@ -77,6 +79,7 @@ impl RowStats {
 fn collected(stats: &[RowStats]) -> VocabStats {
     let logsumexp: Vec<f32> = stats.iter().map(|s| s.top + s.sum.ln()).collect();
     VocabStats {
+        top: tensor(stats.iter().map(|s| s.top).collect(), &[stats.len()]),
         argmax: Tensor::from_u32(Device::Cpu, stats.iter().map(|s| s.argmax).collect()),
         logsumexp: tensor(logsumexp, &[stats.len()]),
     }
@@ -92,7 +95,10 @@ pub(super) fn soft_target_loss(
     head: &Tensor,
     targets: &SoftTargets<'_>,
     mut dhead: Option<(&mut Tensor, bool)>,
-) -> RowLoss {
+) -> Result<RowLoss> {
+    if let Some(ranks) = targets.ranks {
+        return shared::soft_target_loss((x, head), targets, ranks, dhead);
+    }
     let (k, vocab) = (x.rows_cols().1, head.rows_cols().0);
     let shape = x.shape();
     let (x, head) = (x.f32s(), head.f32s());
@@ -115,7 +121,7 @@ pub(super) fn soft_target_loss(
             matmul_tn_add(f32_mut(dhead), (&logits, vocab), x, n, k);
         }
     }
-    RowLoss { figures: Later::ready(figures), dx: dx.map(|dx| tensor(dx, shape)) }
+    Ok(RowLoss { figures: Later::ready(figures), dx: dx.map(|dx| tensor(dx, shape)) })
 }
 
 /// Loss of one chunk; its logits become the gradient of the objective with respect to them.

@@ -23,7 +23,7 @@ use crate::kernels::{
     Router, Routes, RowLoss, SoftTargets, VocabStats,
 };
 use crate::tensor::Buffer;
-use crate::{DType, Device, Later, Result, Tensor};
+use crate::{Across, DType, Device, Later, Result, Tensor};
 
 /// The host processor.
 #[derive(Debug)]
@@ -133,6 +133,9 @@ impl Kernels for Cpu {
     ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)> {
         Ok(attention_backward::backward(inputs, out))
     }
+    fn merge_attention(&self, a: &(Tensor, Tensor), b: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+        Ok(attention::merge(a, b))
+    }
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         Ok(swiglu::forward(gate_up))
     }
@@ -233,7 +236,7 @@ impl Kernels for Cpu {
         targets: &SoftTargets<'_>,
         dhead: Option<(&mut Tensor, bool)>,
     ) -> Result<RowLoss> {
-        Ok(loss::soft_target_loss(x, head, targets, dhead))
+        loss::soft_target_loss(x, head, targets, dhead)
     }
     fn remainder(&self, param: &Tensor) -> Result<Option<Tensor>> {
         match param.dtype() {
@@ -247,8 +250,13 @@ impl Kernels for Cpu {
     fn split_master(&self, master: &Tensor, like: DType) -> Result<[Tensor; 2]> {
         adam::split_master(master, like)
     }
-    fn adamw(&self, tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>> {
-        Ok(Later::ready(adam::step(tensors, step)?))
+    fn adamw(
+        &self,
+        tensors: &mut [AdamTensor<'_>],
+        step: &AdamStep,
+        across: &Across<'_>,
+    ) -> Result<Later<f64>> {
+        Ok(Later::ready(adam::step(tensors, step, across)?))
     }
     fn all_finite(&self, x: &Tensor) -> Result<Later<bool>> {
         Ok(Later::ready(x.f32s().iter().all(|v| v.is_finite())))

@@ -35,7 +35,9 @@ pub(super) fn f32_rows(t: &Tensor, range: Range<usize>) -> Cow<'_, [f32]> {
         Buffer::Bf16(v) => v[range].iter().map(|x| x.to_f32()).collect(),
         Buffer::F16(v) => v[range].iter().map(|x| x.to_f32()).collect(),
         Buffer::U32(v) => v[range].iter().map(|&x| x as f32).collect(),
-        Buffer::I16(_) | Buffer::Cuda(_) => unreachable!("the CPU computes on floats in host memory"),
+        Buffer::I16(_) | Buffer::F64(_) | Buffer::Cuda(_) => {
+            unreachable!("the CPU computes on floats in host memory")
+        }
     }
 }
 
@@ -47,7 +49,9 @@ fn read_f32(t: &Tensor, start: usize, dst: &mut [f32]) {
         Buffer::Bf16(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = x.to_f32()),
         Buffer::F16(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = x.to_f32()),
         Buffer::U32(v) => dst.iter_mut().zip(&v[range]).for_each(|(d, x)| *d = *x as f32),
-        Buffer::I16(_) | Buffer::Cuda(_) => unreachable!("the CPU computes on floats in host memory"),
+        Buffer::I16(_) | Buffer::F64(_) | Buffer::Cuda(_) => {
+            unreachable!("the CPU computes on floats in host memory")
+        }
     }
 }
 

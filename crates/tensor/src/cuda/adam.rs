@@ -7,7 +7,7 @@ use specforge_cuda::Gpu;
 use super::launch::{at, at_mut, gpu_of, new, run};
 use super::units::ADAM;
 use crate::kernels::{AdamStep, AdamTensor};
-use crate::{DType, Device, Error, Later, Result, Tensor};
+use crate::{Across, Combine, DType, Device, Error, Later, Result, Tensor};
 
 /// Elements that one block updates; `CHUNK` of adam.cu.
 const CHUNK: usize = 65536;
@@ -27,7 +27,11 @@ struct Entry {
     root_correction: f32,
 }
 
-pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>> {
+pub(super) fn step(
+    tensors: &mut [AdamTensor<'_>],
+    step: &AdamStep,
+    across: &Across<'_>,
+) -> Result<Later<f64>> {
     let Some(first) = tensors.first() else { return Ok(Later::ready(0.0)) };
     let gpu = gpu_of(first.grad);
     let entries = tensors.iter_mut().map(|t| entry(t, step)).collect::<Result<Vec<_>>>()?;
@@ -43,7 +47,9 @@ pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<La
     let [tensor_of, chunk_of] = [tensor_of, chunk_of].map(|v| Tensor::from_u32(device, v));
     let (table, tensor_of, chunk_of) = (table.address(), at(&tensor_of)?, at(&chunk_of)?);
     let partial = gpu.alloc(blocks * size_of::<f64>())?;
-    let squares = gpu.alloc(size_of::<f64>())?;
+    // The sum of squares and the weight, each a tensor of its own that ranks can add up.
+    let sums = new(gpu, DType::F64, &[2, 1])?;
+    let (mut squares, mut weight) = (sums.rows(0..1)?, sums.rows(1..2)?);
     let grid = [blocks, 1, 1];
     run(gpu, &ADAM, "sum_squares_partial", grid, 256, args![partial.address(), table, tensor_of, chunk_of])?;
     run(
@@ -52,8 +58,14 @@ pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<La
         "sum_squares_finish",
         [1, 1, 1],
         256,
-        args![squares.address(), partial.address(), blocks as i32],
+        args![at(&sums)?, partial.address(), blocks as i32, step.weight],
     )?;
+    if let Some(group) = across.squares {
+        group.all_reduce(&mut squares, Combine::Sum)?;
+    }
+    if let Some(group) = across.weight {
+        group.all_reduce(&mut weight, Combine::Sum)?;
+    }
     let args = args![
         table,
         tensor_of,
@@ -63,16 +75,15 @@ pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<La
         step.beta2,
         step.eps,
         step.weight_decay,
-        squares.address(),
-        1.0 / step.weight,
+        at(&squares)?,
+        at(&weight)?,
         step.max_norm,
     ];
     run(gpu, &ADAM, "adamw", grid, 256, args)?;
-    let (read, weight) = (gpu.read_back(squares.address(), size_of::<f64>())?, step.weight);
-    Ok(Later::new(move || {
-        let squares: f64 = bytemuck::pod_read_unaligned(read.wait()?);
-        Ok(squares.sqrt() / weight)
-    }))
+    let known = Later::ready(vec![step.weight]);
+    let weight = if across.weight.is_some() { weight.later_f64()? } else { known };
+    let squares = squares.later_f64()?;
+    Ok(Later::new(move || Ok(squares.wait()?[0].sqrt() / weight.wait()?[0])))
 }
 
 fn entry(t: &mut AdamTensor<'_>, step: &AdamStep) -> Result<Entry> {

@@ -1,5 +1,7 @@
 //! The fused head and soft-target loss, and statistics over a vocabulary. Logits exist a chunk at a time.
 
+mod shared;
+
 use specforge_cuda::{Arg, Gemm, GemmType, Launch, Operand, Readback};
 
 use super::launch::{at, at_mut, gpu_of, in_bf16, letter, output, run};
@@ -120,7 +122,7 @@ impl Stats {
         let logsumexp = output(&self.top, DType::F32, &[n])?;
         let args = args![at(&logsumexp)?, at(&self.top)?, at(&self.sum)?, n as i32];
         run(gpu_of(&self.top), &LOSS, "vocab_stats_finish", [n.div_ceil(256), 1, 1], 256, args)?;
-        Ok(VocabStats { argmax: self.argmax, logsumexp })
+        Ok(VocabStats { top: self.top, argmax: self.argmax, logsumexp })
     }
 }
 
@@ -175,6 +177,15 @@ struct Figures {
 }
 
 impl Figures {
+    fn new(like: &Tensor, n: usize) -> Result<Self> {
+        let figure = |dtype| output(like, dtype, &[n]);
+        Ok(Self {
+            cross_entropy: figure(DType::F32)?,
+            acceptance: figure(DType::F32)?,
+            argmax: figure(DType::U32)?,
+        })
+    }
+
     fn read(&self) -> Result<Later<RowFigures>> {
         let start = |t: &Tensor| -> Result<Readback> { Ok(gpu_of(t).read_back(at(t)?, 4 * t.len())?) };
         let [ce, acceptance, argmax] = [&self.cross_entropy, &self.acceptance, &self.argmax].map(start);
@@ -195,17 +206,15 @@ pub(super) fn soft_target_loss(
     targets: &SoftTargets<'_>,
     mut dhead: Option<(&mut Tensor, bool)>,
 ) -> Result<RowLoss> {
+    if let Some(ranks) = targets.ranks {
+        return shared::soft_target_loss((x, head), targets, ranks, dhead);
+    }
     let (x, head) = (in_bf16(x)?, in_bf16(head)?);
     let ((n_rows, k), vocab) = (x.rows_cols(), head.rows_cols().0);
     let row_of = targets.teacher_row.u32s().expect("the loss's rows come from the host");
     let teacher = Teacher::new(targets, row_of, vocab)?;
     let local = Tensor::from_u32(x.device(), places_of(row_of));
-    let figure = |dtype| output(&x, dtype, &[n_rows]);
-    let figures = Figures {
-        cross_entropy: figure(DType::F32)?,
-        acceptance: figure(DType::F32)?,
-        argmax: figure(DType::U32)?,
-    };
+    let figures = Figures::new(&x, n_rows)?;
     let dx = targets.wants_dx.then(|| output(&x, DType::Bf16, &[n_rows, k])).transpose()?;
     let wants_gradient = dx.is_some() || dhead.is_some();
     let places = local.u32s().expect("just made");

@@ -27,7 +27,7 @@ use crate::kernels::{
     Activation, AdamStep, AdamTensor, AddedRows, AttentionInputs, Columns, DeltaInputs, Kernels, Rotation,
     Router, Routes, RowLoss, SoftTargets, VocabStats,
 };
-use crate::{DType, Later, Result, Tensor};
+use crate::{Across, DType, Later, Result, Tensor};
 
 /// The operations of every CUDA device: tensors say which one.
 #[derive(Debug)]
@@ -114,6 +114,9 @@ impl Kernels for Cuda {
         out: [&Tensor; 3],
     ) -> Result<([Tensor; 3], Vec<[Tensor; 2]>)> {
         attention::backward(inputs, out)
+    }
+    fn merge_attention(&self, a: &(Tensor, Tensor), b: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+        rows::merge_attention(a, b)
     }
     fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         norm::swiglu(gate_up)
@@ -220,8 +223,13 @@ impl Kernels for Cuda {
     fn split_master(&self, master: &Tensor, _like: DType) -> Result<[Tensor; 2]> {
         adam::split_master(master)
     }
-    fn adamw(&self, tensors: &mut [AdamTensor<'_>], step: &AdamStep) -> Result<Later<f64>> {
-        adam::step(tensors, step)
+    fn adamw(
+        &self,
+        tensors: &mut [AdamTensor<'_>],
+        step: &AdamStep,
+        across: &Across<'_>,
+    ) -> Result<Later<f64>> {
+        adam::step(tensors, step, across)
     }
     fn all_finite(&self, x: &Tensor) -> Result<Later<bool>> {
         rows::all_finite(x)

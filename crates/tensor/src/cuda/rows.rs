@@ -5,11 +5,11 @@ use std::ops::Range;
 use super::launch::{at, at_mut, elements, gpu_of, in_bf16, letter, output, row_blocks, run, typed};
 use super::units::ROWS;
 use crate::kernels::Columns;
-use crate::{Later, Result, Tensor};
+use crate::{DType, Later, Result, Tensor};
 
 pub(super) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if letter(a) != 'b' || letter(b) != 'b' {
-        let mut sum = a.cast(crate::DType::F32)?;
+        let mut sum = a.cast(DType::F32)?;
         add_assign(&mut sum, b)?;
         return Ok(sum);
     }
@@ -67,7 +67,7 @@ pub(super) fn add_assign(dst: &mut Tensor, src: &Tensor) -> Result<()> {
 }
 
 pub(super) fn gather(x: &Tensor, index: &Tensor) -> Result<Tensor> {
-    let x = if x.dtype() == crate::DType::F16 { x.cast(crate::DType::Bf16)? } else { x.clone() };
+    let x = if x.dtype() == DType::F16 { x.cast(DType::Bf16)? } else { x.clone() };
     let (n, width) = (index.len(), x.rows_cols().1);
     let y = output(&x, x.dtype(), &[n, width])?;
     if n == 0 || width == 0 {
@@ -85,7 +85,7 @@ pub(super) fn scatter_add(dst: &mut Tensor, index: &Tensor, src: &Tensor) -> Res
         return Ok(());
     }
     // What is kept in bfloat16 gets bfloat16 rows: there are no kernels that round while they add.
-    let src = &if letter(dst) == 'b' { src.cast(crate::DType::Bf16)? } else { src.clone() };
+    let src = &if letter(dst) == 'b' { src.cast(DType::Bf16)? } else { src.clone() };
     // A row that is named twice is summed in the order of the rows, whatever the device does at once.
     let known = index.u32s().map(repeated);
     if let Some(Some([order, starts, target])) = known {
@@ -196,4 +196,27 @@ pub(super) fn all_finite(x: &Tensor) -> Result<Later<bool>> {
     run(gpu, &ROWS, kernel, [elements(x.len()), 1, 1], 256, args![flag.address(), at(x)?, x.len() as i64])?;
     let read = gpu.read_back(flag.address(), 4)?;
     Ok(Later::new(move || Ok(read.wait()? == [0; 4])))
+}
+
+/// Outputs and log-sum-exps of two attentions of the same queries, as one.
+pub(super) fn merge_attention(a: &(Tensor, Tensor), b: &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+    let (first, second) = (in_bf16(&a.0)?, in_bf16(&b.0)?);
+    let y = output(&first, DType::Bf16, first.shape())?;
+    let lse = output(&first, DType::F32, a.1.shape())?;
+    let (rows, width) = (lse.len(), first.len() / lse.len().max(1));
+    if first.is_empty() {
+        return Ok((y, lse));
+    }
+    let args = args![
+        at(&y)?,
+        at(&lse)?,
+        at(&first)?,
+        at(&a.1)?,
+        at(&second)?,
+        at(&b.1)?,
+        rows as i32,
+        width as i32,
+    ];
+    run(gpu_of(&first), &ROWS, "merge_attention", [row_blocks(rows, width), 1, 1], 256, args)?;
+    Ok((y, lse))
 }

@@ -76,6 +76,7 @@ impl Stored {
             Buffer::Bf16(v) => of(bytemuck::cast_slice(v), DType::Bf16, v.len()),
             Buffer::F16(v) => of(bytemuck::cast_slice(v), DType::F16, v.len()),
             Buffer::I16(v) => of(bytemuck::cast_slice(v), DType::I16, v.len()),
+            Buffer::F64(v) => of(bytemuck::cast_slice(v), DType::F64, v.len()),
             Buffer::U32(v) => Ok(Self::of_index(gpu.ordinal(), v.clone())),
             Buffer::Cuda(stored) => Self::upload(gpu, &stored.download()?),
         }
@@ -109,6 +110,7 @@ impl Stored {
             DType::F16 => Buffer::F16(bytemuck::allocation::pod_collect_to_vec::<u8, f16>(bytes)),
             DType::U32 => Buffer::U32(bytemuck::allocation::pod_collect_to_vec(bytes)),
             DType::I16 => Buffer::I16(bytemuck::allocation::pod_collect_to_vec(bytes)),
+            DType::F64 => Buffer::F64(bytemuck::allocation::pod_collect_to_vec(bytes)),
             DType::E4m3 => {
                 let why = "8-bit weights stay on the device".to_owned();
                 return Err(Error::Unsupported { op: "reading", why });
@@ -118,6 +120,12 @@ impl Stored {
 
     /// Row numbers that the device computed.
     pub(crate) fn later_u32(&self) -> Result<Later<Vec<u32>>> {
+        let read = self.gpu.read_back(self.address()?, self.bytes())?;
+        Ok(Later::new(move || Ok(bytemuck::allocation::pod_collect_to_vec(read.wait()?))))
+    }
+
+    /// 64-bit floats that the device computed.
+    pub(crate) fn later_f64(&self) -> Result<Later<Vec<f64>>> {
         let read = self.gpu.read_back(self.address()?, self.bytes())?;
         Ok(Later::new(move || Ok(bytemuck::allocation::pod_collect_to_vec(read.wait()?))))
     }

@@ -27,6 +27,7 @@ units! {
     MLP = "mlp",
     ROWS = "rows",
     LOSS = "loss",
+    LOSS_SHARED = "loss_shared",
     ADAM = "adam",
     SKINNY = "skinny",
     FP8 = "fp8",
@@ -71,7 +72,9 @@ pub(crate) fn on_warpgroups(dim: usize) -> [bool; 2] {
 /// models have, or of one.
 pub fn units(hopper: bool, only: Option<usize>) -> Vec<(&'static Unit, Defines)> {
     let mut all: Vec<(&Unit, Defines)> =
-        [&NORM, &ROPE, &MLP, &ROWS, &LOSS, &ADAM, &SKINNY, &FP8, &MIXTURE].map(|unit| (unit, PLAIN)).to_vec();
+        [&NORM, &ROPE, &MLP, &ROWS, &LOSS, &LOSS_SHARED, &ADAM, &SKINNY, &FP8, &MIXTURE]
+            .map(|unit| (unit, PLAIN))
+            .to_vec();
     all.extend(DELTA_DIMS.iter().map(|(_, defines)| (&DELTA, *defines)));
     if !hopper && only.is_none_or(|only| only == 256) {
         all.push((&ATTENTION_BACKWARD, SMALL_SHARED_256));

@@ -43,14 +43,29 @@ pub struct Attention<'a> {
     pub extras: &'a [(KeyValue, Option<Tensor>)],
 }
 
-struct Saved {
-    shape: AttentionShape,
-    query: Part,
-    base: KeyValue,
-    spans: Spans,
-    extras: Vec<(KeyValue, Option<Tensor>)>,
-    out: Tensor,
-    lse: Tensor,
+/// What the backward of an attention reads.
+pub(super) struct Saved {
+    pub(super) shape: AttentionShape,
+    pub(super) query: Part,
+    pub(super) base: KeyValue,
+    pub(super) spans: Spans,
+    pub(super) extras: Vec<(KeyValue, Option<Tensor>)>,
+    pub(super) out: Tensor,
+    pub(super) lse: Tensor,
+}
+
+impl Saved {
+    pub(super) fn extras(&self) -> Vec<Extra<'_>> {
+        extras_of(&self.extras)
+    }
+
+    pub(super) fn add_extras(&self, gradients: Vec<[Tensor; 2]>, sink: &mut Sink<'_>) -> Result<()> {
+        for ((kv, _), [dk, dv]) in self.extras.iter().zip(gradients) {
+            sink.add_columns(&kv.key.of, kv.key.first, dk)?;
+            sink.add_columns(&kv.value.of, kv.value.first, dv)?;
+        }
+        Ok(())
+    }
 }
 
 fn extras_of(extras: &[(KeyValue, Option<Tensor>)]) -> Vec<Extra<'_>> {
@@ -154,9 +169,22 @@ fn forward(a: &Attention<'_>, sinks: Option<&Tensor>, cap: Option<f32>) -> Resul
     query.of.value().device().kernels().attention(&inputs)
 }
 
+/// Output and log-sum-exp over base keys, then values, `[n, 2 · width]`, that are on no tape.
+pub(super) fn forward_parts(
+    shape: AttentionShape,
+    query: &Part,
+    base: &Tensor,
+    spans: &Spans,
+    extras: &[(KeyValue, Option<Tensor>)],
+) -> Result<(Tensor, Tensor)> {
+    let base = Var::constant(base.clone());
+    let base = KeyValue::packed(&base, 0, shape);
+    forward(&Attention { shape, query: query.clone(), base: &base, spans, extras }, None, None)
+}
+
 impl Backward for Saved {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
-        let (query, base, extras) = (&self.query, &self.base, extras_of(&self.extras));
+        let (query, base, extras) = (&self.query, &self.base, self.extras());
         let qkv = [query.columns(), base.key.columns(), base.value.columns()];
         let (shape, spans) = (self.shape, &self.spans);
         let inputs = AttentionInputs { shape, qkv, spans, extras: &extras, sinks: None, cap: None };
@@ -166,10 +194,6 @@ impl Backward for Saved {
         add(query, dq)?;
         add(&base.key, dk)?;
         add(&base.value, dv)?;
-        for ((kv, _), [dk, dv]) in self.extras.iter().zip(dextras) {
-            add(&kv.key, dk)?;
-            add(&kv.value, dv)?;
-        }
-        Ok(())
+        self.add_extras(dextras, sink)
     }
 }

@@ -1,25 +1,36 @@
 //! The linear layer over a range of a weight's columns.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::{expect_cols, expect_shape};
 use crate::tape::{Backward, Product, Sink, Slot};
-use crate::{DType, ParamId, Result, Tape, Tensor, Var};
+use crate::{Combine, DType, Group, ParamId, Result, Tape, Tensor, Var};
 
 /// Weight matrices `[N, K]` as a linear layer uses them: one or several of the same width, one below the other (their
-/// outputs side by side); whole, or some of their columns.
-#[derive(Debug, Clone, PartialEq)]
+/// outputs side by side); whole, or some of their columns; of one rank, or shared by several.
+#[derive(Debug, Clone)]
 pub struct Weight {
     params: Vec<ParamId>,
     /// One per matrix, or none.
     biases: Vec<ParamId>,
     cols: Option<Range<usize>>,
+    share: Option<Share>,
+}
+
+/// What ranks that share a matrix have of it, and what that asks of them (Shoeybi et al., 2019).
+#[derive(Debug, Clone)]
+enum Share {
+    /// Some rows each. Outputs are a rank's own; all ranks read the same inputs, whose gradients are summed.
+    Outputs(Arc<dyn Group>),
+    /// Some columns each. Inputs are a rank's own; outputs are summed, and their gradients the same everywhere.
+    Inputs(Arc<dyn Group>),
 }
 
 impl Weight {
     /// One whole matrix, no bias.
     pub fn of(param: ParamId) -> Self {
-        Self { params: vec![param], biases: Vec::new(), cols: None }
+        Self { params: vec![param], biases: Vec::new(), cols: None, share: None }
     }
 
     /// With a bias `[N]`.
@@ -32,7 +43,21 @@ impl Weight {
     pub fn stacked(layers: &[&Self]) -> Self {
         let all = |ids: fn(&Self) -> &[ParamId]| layers.iter().flat_map(|w| ids(w)).copied().collect();
         let cols = layers.first().and_then(|w| w.cols.clone());
-        Self { params: all(|w| &w.params), biases: all(|w| &w.biases), cols }
+        let share = layers.first().and_then(|w| w.share.clone());
+        Self { params: all(|w| &w.params), biases: all(|w| &w.biases), cols, share }
+    }
+
+    /// Says that the matrices are this rank's rows of matrices that the ranks share; alone nothing changes.
+    #[must_use]
+    pub fn sharing_outputs(self, ranks: Option<&Arc<dyn Group>>) -> Self {
+        Self { share: ranks.cloned().map(Share::Outputs), ..self }
+    }
+
+    /// Says that the matrices are this rank's columns of matrices that the ranks share, and that every rank has the
+    /// whole bias; alone nothing changes.
+    #[must_use]
+    pub fn sharing_inputs(self, ranks: Option<&Arc<dyn Group>>) -> Self {
+        Self { share: ranks.cloned().map(Share::Inputs), ..self }
     }
 
     /// Only the columns `cols`: the layer's share of a concatenated input. The bias belongs to one share only.
@@ -130,13 +155,29 @@ impl Stack {
     pub(super) fn product(&self, x: &Tensor, residual: Option<&Var>) -> Result<Tensor> {
         let (w, bias): (Vec<&Tensor>, Vec<&Tensor>) =
             (self.weights.iter().collect(), self.biases.iter().collect());
-        x.device().kernels().linear(x, &w, self.cols.clone(), &bias, residual.map(Var::value))
+        let (kernels, residual) = (x.device().kernels(), residual.map(Var::value));
+        let Some(Share::Inputs(ranks)) = &self.w.share else {
+            return kernels.linear(x, &w, self.cols.clone(), &bias, residual);
+        };
+        // Every rank has the bias, and it counts once.
+        let bias = if ranks.rank() == 0 { bias } else { Vec::new() };
+        let mut y = kernels.linear(x, &w, self.cols.clone(), &bias, None)?;
+        ranks.all_reduce(&mut y, Combine::Sum)?;
+        residual.map_or(Ok(y.clone()), |residual| kernels.add(&y, residual))
     }
 
     /// The gradient of the input, on top of `into`.
     pub(super) fn dgrad(&self, dy: &Tensor, into: Option<Tensor>) -> Result<Tensor> {
-        let weights: Vec<&Tensor> = self.weights.iter().collect();
-        dy.device().kernels().linear_dgrad(dy, &weights, self.cols.clone(), into)
+        let (kernels, weights): (_, Vec<&Tensor>) = (dy.device().kernels(), self.weights.iter().collect());
+        let Some(Share::Outputs(ranks)) = &self.w.share else {
+            return kernels.linear_dgrad(dy, &weights, self.cols.clone(), into);
+        };
+        let mut dx = kernels.linear_dgrad(dy, &weights, self.cols.clone(), None)?;
+        ranks.all_reduce(&mut dx, Combine::Sum)?;
+        if let Some(into) = into {
+            kernels.add_assign(&mut dx, &into)?;
+        }
+        Ok(dx)
     }
 
     /// What is multiplied by, as the tape keeps count of it.

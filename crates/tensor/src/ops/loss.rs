@@ -1,10 +1,11 @@
 //! The fused head and soft-target loss, and the objectives it can take.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::{expect_cols, expect_rows, expect_shape};
 use crate::kernels::{RowFigures, RowLoss, SoftTargets, TeacherRows, VocabStats};
-use crate::{DType, Error, Later, ParamId, Result, Tape, Tensor, Var};
+use crate::{DType, Error, Group, Later, ParamId, Result, Tape, Tensor, Var};
 
 /// What is minimised over each group of rows (each test-time-training step).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -177,12 +178,45 @@ pub(crate) fn teacher_chunks(teacher_row: &[u32], limit: usize) -> Vec<Range<usi
     chunks
 }
 
+/// Statistics of a whole vocabulary of which each rank saw `n` tokens; of equal ones the first stays the best.
+fn over_ranks(own: &VocabStats, n: usize, ranks: &Arc<dyn Group>) -> Result<VocabStats> {
+    let (rows, device) = (own.top.len(), own.top.device());
+    let top = ranks.all_gather(&own.top)?.to_f32();
+    let logsumexp = ranks.all_gather(&own.logsumexp)?.to_f32();
+    let argmax = ranks.all_gather(&own.argmax)?.to_u32();
+    let (mut tops, mut best, mut sums) = (Vec::new(), Vec::new(), Vec::new());
+    for row in 0..rows {
+        let places = || (0..ranks.size()).map(|rank| rank * rows + row);
+        let at = places().reduce(|a, b| if top[b] > top[a] { b } else { a }).unwrap_or(row);
+        tops.push(top[at]);
+        best.push((at / rows * n) as u32 + argmax[at]);
+        let most = places().map(|at| logsumexp[at]).fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = places().map(|at| f64::from(logsumexp[at] - most).exp()).sum();
+        sums.push((f64::from(most) + sum.ln()) as f32);
+    }
+    Ok(VocabStats {
+        top: Tensor::from_f32(device, tops, &[rows])?,
+        argmax: Tensor::from_u32(device, best),
+        logsumexp: Tensor::from_f32(device, sums, &[rows])?,
+    })
+}
+
 impl Tape<'_> {
     /// The draft's head and the loss against the target's distributions, in chunks: no `[rows, vocabulary]` tensor
     /// outlives its chunk, the teacher's logits of a row are computed once for all groups that read it, and while
     /// recording the gradients are computed in the same pass. Terminal: its gradient is that of the sum over
     /// groups of `group_weight · loss`.
     pub fn soft_target_loss(&self, a: &SoftTargetLoss<'_>) -> Result<Later<LossFigures>> {
+        self.soft_target_loss_shared(a, None)
+    }
+
+    /// As [`Tape::soft_target_loss`], with heads that ranks share: each has as many rows of both as the others, in their
+    /// order (vocabulary parallel; Shoeybi et al., 2019). All ranks have the same draft rows and get the same figures.
+    pub fn soft_target_loss_shared(
+        &self,
+        a: &SoftTargetLoss<'_>,
+        ranks: Option<&Arc<dyn Group>>,
+    ) -> Result<Later<LossFigures>> {
         let head = self.params().get(a.head).value.clone();
         check(a, &head)?;
         let (device, n_groups, objective) = (a.x.value().device(), a.group_weight.len(), a.objective);
@@ -200,6 +234,7 @@ impl Tape<'_> {
                 acceptance_weight: &Tensor::from_f32(device, acceptance, &[n])?,
                 log_acceptance: objective == Objective::LkAlpha,
                 wants_dx: a.x.is_needed() && with_gradient,
+                ranks,
             };
             device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead)
         };
@@ -228,6 +263,17 @@ impl Tape<'_> {
     pub fn vocab_stats(hidden: &Tensor, head: &Tensor) -> Result<VocabStats> {
         expect_cols("vocab_stats", "hidden states", hidden, head.rows_cols().1)?;
         hidden.device().kernels().vocab_stats(hidden, head)
+    }
+
+    /// As [`Tape::vocab_stats`], with a head that ranks share: each has as many of its rows as the others, in their
+    /// order. Waits for the device; alone it does not.
+    pub fn vocab_stats_shared(
+        hidden: &Tensor,
+        head: &Tensor,
+        ranks: Option<&Arc<dyn Group>>,
+    ) -> Result<VocabStats> {
+        let own = Self::vocab_stats(hidden, head)?;
+        ranks.map_or(Ok(own.clone()), |ranks| over_ranks(&own, head.rows_cols().0, ranks))
     }
 
     /// As [`Tape::vocab_stats`], of given logits `[R, V]`.

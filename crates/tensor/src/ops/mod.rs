@@ -7,6 +7,7 @@ mod loss;
 mod mixture;
 mod mlp;
 mod norm;
+mod ranks;
 mod rope;
 mod rows;
 
@@ -16,6 +17,7 @@ pub use linear::Weight;
 pub(crate) use loss::teacher_chunks;
 pub use loss::{GroupLoss, LossFigures, LossRows, Objective, SoftTargetLoss, Teacher};
 pub use mixture::{Experts, RouterParams};
+pub use ranks::RingAttention;
 pub use rope::{Part, Rope};
 pub use rows::Collected;
 

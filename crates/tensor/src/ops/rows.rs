@@ -1,10 +1,11 @@
 //! Operations that move rows: embedding, gathering, adding a table's rows, taking columns.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::{expect_cols, expect_rows, expect_shape};
 use crate::tape::{Backward, Sink, Slot};
-use crate::{Error, ParamId, Result, Tape, Tensor, Var};
+use crate::{Combine, Error, Group, ParamId, Result, Tape, Tensor, Var};
 
 struct Embedding {
     id: ParamId,
@@ -49,6 +50,37 @@ impl Tape<'_> {
             table.rows_from_host(&index.to_u32(), index.device())?.cast(index.device().storage())?
         };
         Ok(self.record(y, self.is_trained(id), || Box::new(Embedding { id, index: index.clone() })))
+    }
+
+    /// As [`Tape::embedding`], of a table that ranks share: each has as many of its rows as the others, in their order.
+    /// Alone it is the same.
+    pub fn embedding_shared(
+        &self,
+        id: ParamId,
+        index: &Tensor,
+        ranks: Option<&Arc<dyn Group>>,
+    ) -> Result<Var> {
+        let Some(ranks) = ranks else { return self.embedding(id, index) };
+        let table = &self.params().get(id).value;
+        let n = table.rows_cols().0;
+        expect_rows("embedding", "the embedding table", index, n * ranks.size(), false)?;
+        // 1. This rank's rows; zeros for the others'.
+        let own = |&i: &u32| (i as usize).checked_sub(ranks.rank() * n).filter(|&i| i < n);
+        let ids = index.to_u32();
+        let own: Vec<u32> = ids.iter().map(|i| own(i).map_or(u32::MAX, |i| i as u32)).collect();
+        let device = index.device();
+        let local = Tensor::from_u32(device, own.clone());
+        let mut y = if table.device() == device {
+            device.kernels().gather_rows(table, &local)?
+        } else {
+            let near: Vec<u32> = own.iter().map(|&i| if i == u32::MAX { 0 } else { i }).collect();
+            let rows = table.rows_from_host(&near, device)?.cast(device.storage())?;
+            let kept = own.iter().enumerate().map(|(r, &i)| if i == u32::MAX { i } else { r as u32 });
+            device.kernels().gather_rows(&rows, &Tensor::from_u32(device, kept.collect()))?
+        };
+        // 2. Each row is some rank's.
+        ranks.all_reduce(&mut y, Combine::Sum)?;
+        Ok(self.record(y, self.is_trained(id), || Box::new(Embedding { id, index: local })))
     }
 
     /// The rows of x that `index` names; `u32::MAX` gives a row of zeros.

@@ -4,7 +4,7 @@ use half::bf16;
 use specforge_testkit::{Lcg, assert_close};
 
 use super::{bits, matrix, normal};
-use crate::{AdamStep, AdamTensor, DType, Device, Kernels, Result, Tensor};
+use crate::{Across, AdamStep, AdamTensor, DType, Device, Kernels, Result, Tensor};
 
 /// Settings that exercise everything: decay, a weight that is no power of two, clipping.
 pub(crate) const STEP: AdamStep =
@@ -50,7 +50,7 @@ pub(crate) fn step(all: &mut [Trained], grads: &[Tensor], number: u64, step: &Ad
             AdamTensor { param, remainder: remainder.as_mut(), exp_avg, exp_avg_sq, grad, step: number }
         })
         .collect();
-    kernels.adamw(&mut tensors, step)?.wait()
+    kernels.adamw(&mut tensors, step, &Across::default())?.wait()
 }
 
 fn kernels() -> &'static dyn Kernels {

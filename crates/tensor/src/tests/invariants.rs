@@ -5,7 +5,7 @@ use specforge_testkit::Lcg;
 use super::adam::{STEP, Trained, step};
 use super::loss::Case;
 use super::{Op, bits, matrix, normal, rows, zoo};
-use crate::{DType, Device, LossRows, Objective, Tape, Tensor};
+use crate::{Across, DType, Device, LossRows, Objective, Tape, Tensor};
 
 fn with_threads<T: Send>(n: usize, f: impl FnOnce() -> T + Send) -> T {
     rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(f)
@@ -103,6 +103,6 @@ fn a_loss_without_rows_is_zero() {
     let stats = Tape::vocab_stats(&matrix(vec![], &[0, 8]), &matrix(vec![0.0; 80], &[10, 8])).unwrap();
     assert_eq!((stats.argmax.len(), stats.logsumexp.len()), (0, 0));
     assert_eq!(Tape::logit_stats(&matrix(vec![], &[0, 8])).unwrap().argmax.len(), 0);
-    assert_eq!(Device::Cpu.kernels().adamw(&mut [], &STEP).unwrap().wait().unwrap(), 0.0);
+    assert_eq!(Device::Cpu.kernels().adamw(&mut [], &STEP, &Across::default()).unwrap().wait().unwrap(), 0.0);
     assert_eq!(rows([]).len(), 0);
 }

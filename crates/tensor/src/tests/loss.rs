@@ -1,11 +1,14 @@
 //! The fused loss against plain float64 arithmetic, and its gradients against differences.
 
-use specforge_testkit::{Lcg, assert_close};
+use std::sync::Arc;
 
+use specforge_testkit::{Lcg, assert_close, assert_close_max};
+
+use super::alone::alone;
 use super::finite_difference::{Step, compare};
 use super::{bits, matrix};
 use crate::{
-    DType, Device, GroupLoss, LossFigures, LossRows, Objective, Params, Result, SoftTargetLoss, Tape,
+    DType, Device, Group, GroupLoss, LossFigures, LossRows, Objective, Params, Result, SoftTargetLoss, Tape,
     Teacher, Tensor,
 };
 
@@ -95,11 +98,16 @@ impl Case {
     }
 
     pub(crate) fn run(&self) -> Result<Outcome> {
+        self.run_on(None)
+    }
+
+    /// With heads that ranks share, of which this one has all there is.
+    pub(crate) fn run_on(&self, ranks: Option<&Arc<dyn Group>>) -> Result<Outcome> {
         let mut params = Params::new();
         let head = params.add("head", self.head.clone(), self.trained.1);
         let tape = Tape::recording(&params);
         let x = if self.trained.0 { tape.leaf(self.x.clone()) } else { tape.input(self.x.clone()) };
-        let figures = tape.soft_target_loss(&SoftTargetLoss {
+        let loss = SoftTargetLoss {
             x: &x,
             head,
             teacher: self
@@ -110,7 +118,8 @@ impl Case {
             rows: &self.rows,
             objective: self.objective,
             group_weight: &self.group_weight,
-        })?;
+        };
+        let figures = tape.soft_target_loss_shared(&loss, ranks)?;
         let seeds = tape.take_seeds();
         let leaves = if self.trained.0 { vec![x] } else { vec![] };
         let (grads, dx) = tape.backward_to(seeds, &leaves)?;
@@ -265,4 +274,22 @@ fn a_row_without_overlap_has_no_gradient_of_its_logarithm() {
     let run = case.run().unwrap();
     assert!(run.groups.iter().all(|g| g.loss.is_finite() && g.acceptance < 1e-30));
     assert!(run.dx.unwrap().f32s().iter().chain(run.dhead.unwrap().f32s().iter()).all(|v| v.is_finite()));
+}
+
+/// The loss over a shared vocabulary is computed another way: with one rank it must come to the same.
+#[test]
+fn parallel_loss_of_one_rank_is_the_loss() {
+    for objective in OBJECTIVES {
+        for case in [Case::new(40, 8, 30, 2, objective), Case::new(40, 8, 30, 2, objective).with_logits()] {
+            let (want, got) = (case.run().unwrap(), case.run_on(Some(&alone())).unwrap());
+            assert_eq!(got.argmax, want.argmax, "{objective:?}");
+            for (got, want) in got.groups.iter().zip(&want.groups) {
+                assert!((got.loss - want.loss).abs() < 1e-5 * want.loss.abs(), "{objective:?}");
+                assert!((got.acceptance - want.acceptance).abs() < 1e-5 * want.acceptance, "{objective:?}");
+            }
+            for (got, want) in [(got.dx, want.dx), (got.dhead, want.dhead)] {
+                assert_close_max("gradient", &got.unwrap().to_f32(), &want.unwrap().to_f32(), 1e-5);
+            }
+        }
+    }
 }

@@ -36,6 +36,11 @@ impl Online {
         if self.target.device() != Device::Cpu {
             return self.pack(rows);
         }
+        // Ranks that share a target meet in its calls, which therefore keep their order.
+        if self.target.ranks().is_some() {
+            let alone = rows.iter().map(|&row| self.pack(&[row])).collect::<Result<Vec<_>>>()?;
+            return Ok(alone.into_iter().flatten().collect());
+        }
         let alone = rows.par_iter().map(|&row| self.pack(&[row])).collect::<Result<Vec<_>>>()?;
         Ok(alone.into_iter().flatten().collect())
     }
@@ -92,7 +97,7 @@ impl Online {
         let tape = Tape::inference(&none);
         let index = Tensor::from_u32(last_hidden.device(), read);
         let rows = tape.gather_rows(&tape.input(last_hidden.clone()), &index)?;
-        Ok(Tape::vocab_stats(rows.value(), self.target.head())?)
+        Ok(self.target.vocab_stats(rows.value())?)
     }
 }
 

@@ -7,12 +7,14 @@ use half::bf16;
 use serde_json::json;
 use specforge_methods::{Batch, DraftMethod, Drafter, Frozen, MethodConfig, PendingLoss, VocabMap};
 use specforge_models::{Capture, TargetInfo};
-use specforge_nn::optimizer::{AdamW, AdamWConfig};
+use specforge_nn::optimizer::AdamWConfig;
 use specforge_nn::schedule::ScheduleConfig;
 use specforge_tensor::{Device, Params, Tape, Tensor};
 use specforge_testkit::{Lcg, SmallTarget};
 use specforge_train::features::{RowFeatures, assemble};
-use specforge_train::{Event, FeatureSource, Hooks, Order, Outcome, Result, Settings, State, Trainer};
+use specforge_train::{
+    Event, FeatureSource, Hooks, Optimizer, Order, Outcome, Ranks, Result, Settings, State, Trainer,
+};
 
 /// Tokens of every row.
 pub(crate) const LEN: usize = 10;
@@ -28,16 +30,32 @@ pub(crate) struct Fixture {
 
 impl Fixture {
     pub(crate) fn new() -> Self {
+        Self::on(Device::Cpu)
+    }
+
+    /// As [`Fixture::new`], trained on a device.
+    pub(crate) fn on(device: Device) -> Self {
         let folder = specforge_testkit::tempdir();
         SmallTarget::llama(1).write(folder.path());
         let info = TargetInfo::read(folder.path()).unwrap();
         let mut lcg = Lcg::new(1);
-        let mut draw =
-            || Tensor::from_f32(Device::Cpu, lcg.normals(VOCAB * WIDTH, 0.5), &[VOCAB, WIDTH]).unwrap();
+        let mut draw = || {
+            let table =
+                Tensor::from_f32(Device::Cpu, lcg.normals(VOCAB * WIDTH, 0.5), &[VOCAB, WIDTH]).unwrap();
+            table.cast(device.storage()).unwrap().to_device(device).unwrap()
+        };
         let frozen = Frozen { embedding: draw(), head: draw() };
         let config: MethodConfig = serde_json::from_value(json!({ "eagle3": { "ttt-steps": 2 } })).unwrap();
         let (method, params) = config.build(&info, &frozen, VocabMap::full(VOCAB), 1).unwrap();
         Self { folder, method, params }
+    }
+
+    /// As [`Fixture::trainer`], on a rank.
+    pub(crate) fn ranked(&self, name: &str, ranks: Ranks) -> Trainer<'_> {
+        let mut trainer = self.trainer(name);
+        let config = trainer.optimizer.config().clone();
+        trainer.optimizer = Optimizer::new(config, &trainer.params, Some(ranks)).unwrap();
+        trainer
     }
 
     /// A run of this name, not begun: 12 rows, two in a micro-batch, one micro-batch a step, two epochs.
@@ -66,7 +84,7 @@ impl Fixture {
         Trainer {
             method: self.method.as_ref(),
             params: self.params.clone(),
-            optimizer: AdamW::new(config, &self.params).unwrap(),
+            optimizer: Optimizer::new(config, &self.params, None).unwrap(),
             order,
             settings,
             state: State::new(json!({ "test": name })),

@@ -3,4 +3,5 @@
 
 mod checkpoints;
 mod fixture;
+mod parallel;
 mod steps;

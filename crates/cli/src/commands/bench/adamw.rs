@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use serde_json::json;
-use specforge_tensor::{AdamStep, AdamTensor, DType, Device, Tensor};
+use specforge_tensor::{Across, AdamStep, AdamTensor, DType, Device, Tensor};
 
 use super::clock::{Spread, time};
 use super::{Output, Repeats};
@@ -66,7 +66,7 @@ fn measure(all: &mut [Parameter], repeats: Repeats, device: Device) -> Result<Sp
         number += 1;
         let mut tensors: Vec<AdamTensor<'_>> = all.iter_mut().map(|p| p.tensor(number)).collect();
         // Nobody reads the norm: it comes later, on its own.
-        Ok(device.kernels().adamw(&mut tensors, &step).map(drop)?)
+        Ok(device.kernels().adamw(&mut tensors, &step, &Across::default()).map(drop)?)
     })
 }
 

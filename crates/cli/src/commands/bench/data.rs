@@ -12,16 +12,16 @@ const ANSWER: Range<usize> = 20..201;
 
 /// What the host knows of a batch.
 #[derive(Debug, Clone)]
-pub(super) struct Data {
-    pub(super) bounds: Vec<Range<usize>>,
-    pub(super) input_ids: Vec<u32>,
-    pub(super) loss_mask: Vec<u8>,
+pub(in crate::commands) struct Data {
+    pub(in crate::commands) bounds: Vec<Range<usize>>,
+    pub(in crate::commands) input_ids: Vec<u32>,
+    pub(in crate::commands) loss_mask: Vec<u8>,
     positions: Vec<u32>,
 }
 
 impl Data {
     /// Documents of random tokens of which the share `live` is supervised.
-    pub(super) fn draw(tokens: Tokens, live: f64, vocab_size: usize) -> Self {
+    pub(in crate::commands) fn draw(tokens: Tokens, live: f64, vocab_size: usize) -> Self {
         let mut draw = Draw(1);
         let (n, t) = (tokens.documents, tokens.each);
         let input_ids = (0..n * t).map(|_| draw.below(vocab_size) as u32).collect();
@@ -30,12 +30,12 @@ impl Data {
         Self { bounds: (0..n).map(|d| d * t..(d + 1) * t).collect(), input_ids, loss_mask, positions }
     }
 
-    pub(super) fn n_tokens(&self) -> usize {
+    pub(in crate::commands) fn n_tokens(&self) -> usize {
         self.input_ids.len()
     }
 
     /// A batch of these tokens with features of them.
-    pub(super) fn batch(&self, hidden_states: Tensor, teacher: Teacher) -> Batch {
+    pub(in crate::commands) fn batch(&self, hidden_states: Tensor, teacher: Teacher) -> Batch {
         Batch {
             rows: (0..self.bounds.len() as u64).collect(),
             bounds: self.bounds.clone(),
@@ -73,10 +73,10 @@ fn mask(n: usize, live: f64, draw: &mut Draw) -> Vec<u8> {
 }
 
 /// Random numbers of a counter (splitmix64): the same on every machine.
-pub(super) struct Draw(pub(super) u64);
+pub(in crate::commands) struct Draw(pub(in crate::commands) u64);
 
 impl Draw {
-    pub(super) fn next(&mut self) -> u64 {
+    pub(in crate::commands) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut x = self.0;
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

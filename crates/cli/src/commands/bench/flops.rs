@@ -5,13 +5,12 @@
 //! gradient of its input, gradient of its weight. One key of one query is `4 · heads · head_dim` forward (scores and
 //! values) and by convention 2.5 times that backward, however often a kernel recomputes the scores.
 
-use std::collections::BTreeSet;
+use std::ops::Range;
 
 use serde::Serialize;
+use specforge_methods::eagle3::Dims;
 use specforge_models::TargetInfo;
 use specforge_train::features::teacher_is_read;
-
-use super::data::Data;
 
 /// Forward, input gradient, weight gradient.
 const TRAINED: f64 = 3.0;
@@ -22,17 +21,17 @@ const CAPTURED: f64 = 3.0;
 
 /// Rows of a batch, by what is computed for them.
 #[derive(Debug, Clone, Default, Serialize)]
-pub(super) struct Rows {
+pub(in crate::commands) struct Rows {
     /// T, all tokens.
-    pub(super) tokens: usize,
+    pub(in crate::commands) tokens: usize,
     /// L, rows that some loss depends on: those computed after step 0.
-    pub(super) live: usize,
+    pub(in crate::commands) live: usize,
     /// R, rows with loss, over all steps.
-    pub(super) loss: usize,
+    pub(in crate::commands) loss: usize,
     /// U, teacher rows that some loss reads.
-    pub(super) teacher: usize,
+    pub(in crate::commands) teacher: usize,
     /// Rows whose whole-vocabulary statistics the target computes online.
-    pub(super) stats: usize,
+    pub(in crate::commands) stats: usize,
     /// Step-0 keys that live rows see, summed over them.
     live_keys: f64,
     /// The same of all rows.
@@ -41,52 +40,87 @@ pub(super) struct Rows {
 
 /// Operations of one step.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub(super) struct Work {
-    pub(super) products: f64,
-    pub(super) attention: f64,
+pub(in crate::commands) struct Work {
+    pub(in crate::commands) products: f64,
+    pub(in crate::commands) attention: f64,
 }
 
 /// Widths of the target, which the draft has too.
-pub(super) struct Sizes {
+pub(in crate::commands) struct Sizes {
     /// H.
-    pub(super) h: f64,
+    pub(in crate::commands) h: f64,
     /// All query heads, and all key heads.
-    pub(super) q: f64,
-    pub(super) kv: f64,
+    pub(in crate::commands) q: f64,
+    pub(in crate::commands) kv: f64,
     /// The MLP.
-    pub(super) i: f64,
+    pub(in crate::commands) i: f64,
     /// V and Vd.
-    pub(super) vocab: f64,
-    pub(super) draft_vocab: f64,
+    pub(in crate::commands) vocab: f64,
+    pub(in crate::commands) draft_vocab: f64,
     /// Layers of the target if it runs in the step, 0 if not.
-    pub(super) layers: f64,
+    pub(in crate::commands) layers: f64,
     /// Test-time-training steps.
-    pub(super) steps: usize,
+    pub(in crate::commands) steps: usize,
 }
 
 impl Rows {
     /// Row p carries loss at step i if token p+1+i is in its document and supervised, as the method's plan has it.
-    pub(super) fn of(data: &Data, steps: usize) -> Self {
-        let (mut rows, mut live) = (Self { tokens: data.n_tokens(), ..Self::default() }, BTreeSet::new());
-        for bounds in &data.bounds {
-            for t in (bounds.start + 1..bounds.end).filter(|&t| data.loss_mask[t] == 1) {
-                let earlier = steps.min(t - bounds.start);
-                live.extend((t - earlier..t).map(|p| (p, p - bounds.start + 1)));
-                rows.loss += earlier;
-                rows.teacher += 1;
-            }
-            rows.all_keys += (bounds.len() * (bounds.len() + 1) / 2) as f64;
-            let mask = &data.loss_mask[bounds.clone()];
-            rows.stats += (0..mask.len()).filter(|&t| teacher_is_read(mask, t)).count();
-        }
-        rows.live = live.len();
-        rows.live_keys = live.iter().map(|(_, keys)| *keys as f64).sum();
+    pub(in crate::commands) fn of(bounds: &[Range<usize>], loss_mask: &[u8], steps: usize) -> Self {
+        let mut rows = Self::default();
+        bounds.iter().for_each(|bounds| rows.add_document(&loss_mask[bounds.clone()], steps));
         rows
+    }
+
+    /// One more document with this mask.
+    pub(in crate::commands) fn add_document(&mut self, mask: &[u8], steps: usize) {
+        // Rows before this one are known to be live or not.
+        let mut next = 0;
+        for t in (1..mask.len()).filter(|&t| mask[t] == 1) {
+            let first = t.saturating_sub(steps);
+            self.loss += t - first;
+            self.teacher += 1;
+            for row in first.max(next)..t {
+                self.live += 1;
+                self.live_keys += (row + 1) as f64;
+            }
+            next = t;
+        }
+        self.tokens += mask.len();
+        self.all_keys += (mask.len() * (mask.len() + 1) / 2) as f64;
+        self.stats += (0..mask.len()).filter(|&t| teacher_is_read(mask, t)).count();
+    }
+
+    /// The same kind of rows, this share as many.
+    pub(in crate::commands) fn shrink(&mut self, share: f64) {
+        for n in [&mut self.tokens, &mut self.live, &mut self.loss, &mut self.teacher, &mut self.stats] {
+            *n = (*n as f64 * share).ceil() as usize;
+        }
+        self.live_keys *= share;
+        self.all_keys *= share;
+    }
+
+    /// Adds up batches.
+    pub(in crate::commands) fn add(&mut self, more: &Self) {
+        let sums = [
+            (&mut self.tokens, more.tokens),
+            (&mut self.live, more.live),
+            (&mut self.loss, more.loss),
+            (&mut self.teacher, more.teacher),
+            (&mut self.stats, more.stats),
+        ];
+        sums.into_iter().for_each(|(sum, n)| *sum += n);
+        self.live_keys += more.live_keys;
+        self.all_keys += more.all_keys;
     }
 }
 
 impl Sizes {
-    pub(super) fn of(info: &TargetInfo, draft_vocab: usize, steps: usize, with_target: bool) -> Self {
+    pub(in crate::commands) fn of(
+        info: &TargetInfo,
+        draft_vocab: usize,
+        steps: usize,
+        with_target: bool,
+    ) -> Self {
         Self {
             h: info.hidden_size as f64,
             q: (info.n_heads * info.head_dim) as f64,
@@ -95,6 +129,20 @@ impl Sizes {
             vocab: info.vocab_size as f64,
             draft_vocab: draft_vocab as f64,
             layers: if with_target { info.n_layers as f64 } else { 0.0 },
+            steps,
+        }
+    }
+
+    /// A draft's own, which may differ from its target's; without the target.
+    pub(in crate::commands) fn of_draft(dims: &Dims, steps: usize) -> Self {
+        Self {
+            h: dims.hidden_size as f64,
+            q: (dims.num_attention_heads * dims.head_dim) as f64,
+            kv: (dims.num_key_value_heads * dims.head_dim) as f64,
+            i: dims.intermediate_size as f64,
+            vocab: dims.vocab_size as f64,
+            draft_vocab: dims.draft_vocab_size as f64,
+            layers: 0.0,
             steps,
         }
     }
@@ -117,8 +165,15 @@ impl Sizes {
     }
 }
 
+/// What the target does where it runs in the step: its layers, and its whole head where a loss may read it.
+pub(in crate::commands) fn target(s: &Sizes, rows: &Rows) -> Work {
+    let [layers, attention] = s.target(rows);
+    let stats = if s.layers > 0.0 { 2.0 * rows.stats as f64 * s.h * s.vocab } else { 0.0 };
+    Work { products: layers + stats, attention }
+}
+
 /// What we do.
-pub(super) fn ours(s: &Sizes, rows: &Rows) -> Work {
+pub(in crate::commands) fn ours(s: &Sizes, rows: &Rows) -> Work {
     let [t, l, r, u] = [rows.tokens, rows.live, rows.loss, rows.teacher].map(|n| n as f64);
     let (qkv, kv, later) = (s.q + 2.0 * s.kv, 2.0 * s.kv, s.steps as f64 - 1.0);
     // fc of all rows; nobody asks for the gradient of captured states.
@@ -130,16 +185,14 @@ pub(super) fn ours(s: &Sizes, rows: &Rows) -> Work {
     let finish = TRAINED * l * s.finish() * s.steps as f64;
     // The head of rows with loss; the teacher over the draft vocabulary, each row once.
     let head = TRAINED * 2.0 * r * s.h * s.draft_vocab + 2.0 * u * s.h * s.draft_vocab;
-    // Online: the target, and its whole head where a loss may read it.
-    let [layers, seen] = s.target(rows);
-    let stats = if s.layers > 0.0 { 2.0 * rows.stats as f64 * s.h * s.vocab } else { 0.0 };
-    let attention = ATTENTION * 4.0 * s.q * s.keys_seen(rows.live_keys, rows.live) + seen;
-    Work { products: fc + shared + projections + finish + head + layers + stats, attention }
+    let target = target(s, rows);
+    let attention = ATTENTION * 4.0 * s.q * s.keys_seen(rows.live_keys, rows.live) + target.attention;
+    Work { products: fc + shared + projections + finish + head + target.products, attention }
 }
 
 /// What SpecForge does: every step computes all rows, q, k and v read the embedding again, the draft's head runs at
 /// every step, and the target's whole head once for every token.
-pub(super) fn specforge(s: &Sizes, rows: &Rows) -> Work {
+pub(in crate::commands) fn specforge(s: &Sizes, rows: &Rows) -> Work {
     let t = rows.tokens as f64;
     let fc = (TRAINED - 1.0) * 2.0 * s.h * CAPTURED * s.h;
     let qkv = 2.0 * (s.q + 2.0 * s.kv) * 2.0 * s.h;
@@ -152,14 +205,15 @@ pub(super) fn specforge(s: &Sizes, rows: &Rows) -> Work {
 
 #[cfg(test)]
 mod tests {
+    use super::super::data::Data;
     use super::super::preset::{Preset, Tokens};
-    use super::{Data, Rows, Sizes, ours, specforge};
+    use super::{Rows, Sizes, ours, specforge};
 
     #[test]
     fn the_arithmetic_of_llama3_8b() {
         let info = Preset::Llama3_8b.info().unwrap();
         let data = Data::draw(Tokens { documents: 1, each: 2048 }, 1.0, info.vocab_size);
-        let (rows, sizes) = (Rows::of(&data, 7), Sizes::of(&info, 32_000, 7, false));
+        let (rows, sizes) = (Rows::of(&data.bounds, &data.loss_mask, 7), Sizes::of(&info, 32_000, 7, false));
         assert_eq!((rows.live, rows.teacher, rows.loss), (2047, 2047, 7 * 2047 - 21));
         // 16.97 GFLOP per token, as worked out by hand from SpecForge's code.
         assert_eq!((specforge(&sizes, &rows).products / 2048.0 / 1e7).round(), 1697.0);

@@ -103,6 +103,7 @@ impl Inputs {
             acceptance_weight: &self.none,
             log_acceptance: false,
             wants_dx: true,
+            ranks: None,
         };
         // Nobody reads the figures: they come later, on their own.
         Ok(device

@@ -11,7 +11,7 @@ use specforge_models::TargetInfo;
 
 /// A target whose draft is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Preset {
+pub(in crate::commands) enum Preset {
     /// meta-llama/Llama-3.1-8B-Instruct; draft vocabulary 32000.
     #[value(name = "llama3-8b")]
     Llama3_8b,
@@ -27,12 +27,12 @@ pub(super) enum Preset {
 
 impl Preset {
     /// Its name on the command line.
-    pub(super) fn name(self) -> String {
+    pub(in crate::commands) fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
     /// The target's description: only what shapes and arithmetic depend on.
-    pub(super) fn info(self) -> Result<TargetInfo> {
+    pub(in crate::commands) fn info(self) -> Result<TargetInfo> {
         let config = match self {
             Self::Llama3_8b => sizes("Llama", [4096, 32, 32, 8, 128, 14336, 128_256, 131_072], 5e5, false),
             Self::Qwen3_4b => sizes("Qwen3", [2560, 36, 32, 8, 128, 9728, 151_936, 40_960], 1e6, true),
@@ -43,7 +43,7 @@ impl Preset {
     }
 
     /// Draft tokens, spread evenly over the target's.
-    pub(super) fn vocab(self, vocab_size: usize) -> Result<VocabMap> {
+    pub(in crate::commands) fn vocab(self, vocab_size: usize) -> Result<VocabMap> {
         let n = if self == Self::Quickstart { 1024 } else { 32_000 };
         let d2t: Vec<i64> = (0..n).map(|id| (id * vocab_size / n - id) as i64).collect();
         Ok(VocabMap::from_offsets(&d2t, vocab_size)?)
@@ -70,9 +70,9 @@ fn sizes(family: &str, n: [usize; 8], rope_theta: f64, tied: bool) -> Value {
 
 /// `DxT`: so many documents of so many tokens each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Tokens {
-    pub(super) documents: usize,
-    pub(super) each: usize,
+pub(in crate::commands) struct Tokens {
+    pub(in crate::commands) documents: usize,
+    pub(in crate::commands) each: usize,
 }
 
 impl FromStr for Tokens {

@@ -121,7 +121,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let data = Data::draw(args.tokens, args.live, info.vocab_size);
     let vocab = args.preset.vocab(info.vocab_size)?;
     let sizes = Sizes::of(&info, vocab.len(), config.ttt_steps, args.mode == Mode::Online);
-    let rows = Rows::of(&data, config.ttt_steps);
+    let rows = Rows::of(&data.bounds, &data.loss_mask, config.ttt_steps);
     // The draft is gone before the floor takes memory for its operands.
     let measured = {
         let subject = Subject::new((&info, vocab), &config, data, source, device)?;

@@ -11,10 +11,10 @@ use specforge_train::features::teacher_is_read;
 use super::data::Data;
 
 /// Parts of a step, in their order.
-pub(super) const PHASES: [&str; 4] = ["target", "forward", "backward", "optimizer"];
+pub(in crate::commands) const PHASES: [&str; 4] = ["target", "forward", "backward", "optimizer"];
 
 /// A draft in training.
-pub(super) struct Subject {
+pub(in crate::commands) struct Subject {
     method: Eagle3,
     params: Params,
     optimizer: AdamW,
@@ -23,7 +23,7 @@ pub(super) struct Subject {
 
 /// Where features come from.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Source {
+pub(in crate::commands) enum Source {
     /// They lie on the device, as if read from a store.
     Store,
     /// The target computes them in every step; its weights are stored as this, or as the device has them.
@@ -51,14 +51,14 @@ struct Computed {
 }
 
 /// What a step gives when the device has got there.
-pub(super) struct Pending {
+pub(in crate::commands) struct Pending {
     loss: Later<Loss>,
     report: Later<StepReport>,
 }
 
 impl Subject {
     /// A draft for this target over this batch.
-    pub(super) fn new(
+    pub(in crate::commands) fn new(
         (info, vocab): (&TargetInfo, VocabMap),
         config: &Config,
         data: Data,
@@ -88,7 +88,7 @@ impl Subject {
     }
 
     /// One step as `specforge train` takes it; `lap` is called after each of [`PHASES`].
-    pub(super) fn step(&mut self, lap: &mut dyn FnMut() -> Result<()>) -> Result<Pending> {
+    pub(in crate::commands) fn step(&mut self, lap: &mut dyn FnMut() -> Result<()>) -> Result<Pending> {
         let computed = self.features.next(&self.method)?;
         let batch = match (&computed, &self.features) {
             (Some(batch), _) | (None, Features::Offline(batch)) => batch,
@@ -109,7 +109,7 @@ impl Subject {
 
 impl Pending {
     /// The loss; waits for the step. One that is not finite says that what was measured is no training.
-    pub(super) fn wait(self) -> Result<f64> {
+    pub(in crate::commands) fn wait(self) -> Result<f64> {
         let (loss, report) = (self.loss.wait()?.objective.value(), self.report.wait()?);
         let finite = loss.is_finite() && report.grad_norm.is_finite();
         anyhow::ensure!(finite, "the step gave loss {loss} and gradient norm {}", report.grad_norm);

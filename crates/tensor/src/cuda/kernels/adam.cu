@@ -105,14 +105,14 @@ __device__ __forceinline__ void update_at(const AdamTensor& t, i64 i, const Step
 }
 
 // One step. Block b updates chunk block_chunk[b] (CHUNK elements, the last may be shorter) of tensors[block_tensor[b]].
-// The gradients are first scaled by inv_weight and, if max_norm > 0, clipped: their norm is sqrt(*norm_sq) inv_weight.
+// The gradients are first divided by *weight and, if max_norm > 0, clipped: their norm is sqrt(*norm_sq) / *weight.
 // Nothing is written where that norm is not finite. `lr` is for the decay alone; see AdamTensor for the rest.
 // Grid: all chunks of all tensors; block 256; no dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS)
     adamw(const AdamTensor* tensors, const u32* block_tensor, const u32* block_chunk, double lr, double beta1,
-          double beta2, double eps, double weight_decay, const double* norm_sq, double inv_weight, double max_norm) {
+          double beta2, double eps, double weight_decay, const double* norm_sq, const double* weight, double max_norm) {
   const AdamTensor t = tensors[block_tensor[blockIdx.x]];
-  const double norm = sqrt(*norm_sq) * inv_weight;
+  const double inv_weight = 1.0 / *weight, norm = sqrt(*norm_sq) * inv_weight;
   if (!(norm <= 1.7976931348623157e308)) return;
   double clip = 1.0;
   if (max_norm > 0.0 && max_norm < norm + 1e-6) clip = max_norm / (norm + 1e-6);
@@ -170,12 +170,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_squares_f(double* part
   sum_squares(partial + blockIdx.x, x, begin, begin + CHUNK < n ? begin + CHUNK : n);
 }
 
-// *out = the sum of partial[0..n], in a fixed order. Grid 1; block 256; no dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(THREADS) sum_squares_finish(double* out, const double* partial, int n) {
+// out[0] = the sum of partial[0..n], in a fixed order; out[1] = weight. Grid 1; block 256; no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS) sum_squares_finish(double* out, const double* partial, int n, double weight) {
   double sum = 0.0;
   for (int i = threadIdx.x; i < n; i += THREADS) sum += partial[i];
   sum = block_sum(sum);
-  if (threadIdx.x == 0) *out = sum;
+  if (threadIdx.x == 0) out[0] = sum, out[1] = weight;
 }
 
 // dst = the masters that param and low hold. Block 256; grid ceil(n / 2048) (any is correct); no dynamic shared memory.

@@ -271,3 +271,24 @@ FILL_NORMAL(fill_normal_f, float)
   }
 ALL_FINITE(all_finite_b, bf16)
 ALL_FINITE(all_finite_f, float)
+
+// Two attentions of the same queries over different keys as one: outputs a and b, a row per query and head, weighed by
+// their shares of the sum of exponentials. A row that saw nothing in either stays zero, with lse = -inf.
+KERNEL merge_attention(bf16* y, float* lse, const bf16* a, const float* lse_a, const bf16* b, const float* lse_b,
+                       int rows, int width) {
+  const bool wide = width % 8 == 0 && aligned(a, b) && aligned(y);
+  for_columns(rows, width, wide, [&](i64 r, int c, auto w) {
+    constexpr int V = decltype(w)::value;
+    const float la = lse_a[r], lb = lse_b[r], most = fmaxf(la, lb);
+    const bool blind = most == -INF;
+    const float sum = blind ? 1.f : expf(la - most) + expf(lb - most), all = most + logf(sum);
+    const float share_a = blind ? 0.f : expf(la - all), share_b = blind ? 0.f : expf(lb - all);
+    float u[V], v[V];
+    load(a + r * width + c, u);
+    load(b + r * width + c, v);
+#pragma unroll
+    for (int k = 0; k < V; ++k) u[k] = share_a * u[k] + share_b * v[k];
+    store(y + r * width + c, u);
+    if (c == 0) lse[r] = all;
+  });
+}

@@ -129,5 +129,5 @@ fn cuda_parameters_start_with_nothing_lost() {
     assert_eq!(kernels.master(&narrow, &rest).unwrap().to_f32(), narrow.to_f32());
     let half = p.cast(DType::F16).unwrap().to_device(device).unwrap();
     assert!(kernels.remainder(&half).unwrap_err().to_string().contains("is F16, expected F32 or Bf16"));
-    assert_eq!(kernels.adamw(&mut [], &STEP).unwrap().wait().unwrap(), 0.0);
+    assert_eq!(kernels.adamw(&mut [], &STEP, &crate::Across::default()).unwrap().wait().unwrap(), 0.0);
 }

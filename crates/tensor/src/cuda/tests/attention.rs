@@ -221,3 +221,34 @@ fn cuda_attention_says_what_it_does_not_do() {
     let message = "attention on a CUDA device: 33 extra keys per query, at most 32";
     assert_eq!(error(64, 33), message);
 }
+
+/// Two attentions over different keys of the same queries make that over all of them; some queries see keys of one of
+/// them alone, some see none.
+#[test]
+fn cuda_parallel_partial_attentions_merge_as_on_the_cpu() {
+    let Some(device) = device() else { return };
+    let (rows, heads) = (70, 4);
+    for dim in [64, 20] {
+        let out = |seed: u32| {
+            let value = |i: usize| ((i as u32 * 37 + seed) as f32 * 0.37).sin();
+            matrix((0..rows * heads * dim).map(value).collect(), &[rows, heads * dim])
+        };
+        let lse = |seed: usize| {
+            let value = |i: usize| {
+                if (i + seed).is_multiple_of(5) { f32::NEG_INFINITY } else { (i % 9) as f32 - 3.0 }
+            };
+            matrix((0..rows * heads).map(value).collect(), &[rows, heads])
+        };
+        let parts = [(rounded(&out(1)), lse(0)), (rounded(&out(2)), lse(10))];
+        let [a, b] = parts.map(|(out, lse)| {
+            let there = (upload(&out, device), lse.to_device(device).unwrap());
+            ((out, lse), there)
+        });
+        let (want, want_lse) = Device::Cpu.kernels().merge_attention(&a.0, &b.0).unwrap();
+        let (got, got_lse) = device.kernels().merge_attention(&a.1, &b.1).unwrap();
+        assert_near("merged", &got, &want);
+        for (got, want) in got_lse.to_f32().iter().zip(want_lse.to_f32()) {
+            assert!(*got == want || (got - want).abs() < 1e-4, "{got}, on the CPU {want}");
+        }
+    }
+}

@@ -7,6 +7,7 @@
 use specforge_testkit::{Lcg, assert_close};
 
 use super::{TOLERANCE, assert_near, assert_near_within, device, rounded, upload};
+use crate::tests::alone::alone;
 use crate::tests::loss::{Case, OBJECTIVES, Outcome};
 use crate::tests::{bits, matrix, rows};
 use crate::{DType, Device, GroupLoss, LossRows, Objective, Tape, Tensor};
@@ -209,4 +210,22 @@ fn cuda_losses_take_statistics_that_the_device_computed() {
     let index = rows(stats.argmax.to_u32());
     let plain = Device::Cpu.kernels().gather_rows(&case.teacher_head, &index).unwrap();
     assert_near("the best tokens' rows", &best, &plain);
+}
+
+/// The kernels of a shared vocabulary, on one rank, against the CPU's loss of the same logits.
+#[test]
+fn cuda_parallel_losses_agree() {
+    let Some(device) = device() else { return };
+    for sizes in [[70, 8, 12, 1], [70, 64, 1000, 1], [70, 20, 3001, 3], [40, 64, 64_000, 2]] {
+        for objective in OBJECTIVES {
+            let name = format!("{objective:?}, {sizes:?}");
+            let case = exact(sizes, objective);
+            let (want, got) = (case.run().unwrap(), on(&case, device).run_on(Some(&alone())).unwrap());
+            assert_close(&name, &figures(&got.groups), &figures(&want.groups), 1e-4, 1e-4);
+            assert_eq!(got.argmax, want.argmax, "{name}");
+            for (got, want) in [(&got.dx, &want.dx), (&got.dhead, &want.dhead)] {
+                near_gradient(&name, got.as_ref().unwrap(), want.as_ref().unwrap(), TOLERANCE);
+            }
+        }
+    }
 }

@@ -105,7 +105,12 @@ fn a_cuda_optimizer_step_leaves_stacks_together() {
             grad: &grad,
             step: 1,
         };
-        device.kernels().adamw(&mut [tensor], &crate::tests::adam::STEP).unwrap().wait().unwrap();
+        device
+            .kernels()
+            .adamw(&mut [tensor], &crate::tests::adam::STEP, &crate::Across::default())
+            .unwrap()
+            .wait()
+            .unwrap();
     }
     assert!(lie_together(&[0, 1, 2].map(|i| &params.get(ids[i]).value)));
 }

@@ -1,0 +1,133 @@
+//! What ranks send in a step, by the standard formulas, and how long that takes.
+//!
+//! A ring all-reduce of b bytes over n ranks sends 2 (n - 1)/n · b from each (Patarasuk and Yuan, 2009), reduce-scatter
+//! and all-gather half of it. Ranks of a sequence all-reduce gradients, then those of other batches do, or (ZeRO,
+//! Rajbhandari et al., 2020) reduce-scatter gradients and gather weights once a step; from level 2 on gradients are sent
+//! after every micro-batch. Tensor parallel (Shoeybi et al., 2019): two all-reduces
+//! of the rows forward and two backward, for every layer. Ulysses (Jacobs et al., 2023): all-to-alls of queries, keys,
+//! values and outputs, forward and backward, of which (n - 1)/n leaves a rank.
+
+use serde::Serialize;
+use specforge_methods::eagle3::Dims;
+use specforge_models::TargetInfo;
+
+use super::layout::Layout;
+use super::memory::parameters;
+use crate::commands::bench::flops::Rows;
+
+/// Bytes a second between ranks, one way.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Links {
+    /// Within a machine.
+    pub(super) link: f64,
+    /// Between machines, for each card.
+    pub(super) network: f64,
+    /// Cards of a machine.
+    pub(super) per_node: u64,
+}
+
+/// What one rank sends in an optimizer step.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub(super) struct Traffic {
+    /// Gradients and weights.
+    pub(super) data_bytes: f64,
+    /// Rows, between tensor-parallel ranks.
+    pub(super) tensor_bytes: f64,
+    /// Heads, between sequence-parallel ranks.
+    pub(super) sequence_bytes: f64,
+    /// Seconds of the first, which may go on while the backward still runs.
+    pub(super) data_seconds: f64,
+    /// Seconds of the others, for which the step waits.
+    pub(super) waited_seconds: f64,
+}
+
+/// The sizes that traffic depends on. `rows` are those of a step's micro-batches together, per data-parallel rank.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sizes<'a> {
+    pub(super) dims: &'a Dims,
+    /// The target, where it runs in the step.
+    pub(super) target: Option<&'a TargetInfo>,
+    pub(super) steps: usize,
+    pub(super) rows: &'a Rows,
+    pub(super) micro_batches: f64,
+    pub(super) element: f64,
+}
+
+/// The traffic of one step.
+pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
+    let [data, tensor, sequence] =
+        [data_bytes(s, layout), tensor_bytes(s, layout), sequence_bytes(s, layout)];
+    // Ranks of a batch lie side by side: they leave the machine only if they are more than it has cards.
+    let speed = |ranks: u64| if ranks <= links.per_node { links.link } else { links.network };
+    let inner = layout.tensor * layout.sequence;
+    Traffic {
+        data_bytes: data,
+        tensor_bytes: tensor,
+        sequence_bytes: sequence,
+        data_seconds: data / speed(layout.ranks()),
+        waited_seconds: tensor / speed(layout.tensor) + sequence / speed(inner),
+    }
+}
+
+/// The share of a tensor that leaves a rank in half an all-reduce.
+fn share(ranks: u64) -> f64 {
+    (ranks - 1) as f64 / ranks as f64
+}
+
+fn data_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
+    let n = parameters(s.dims, layout.tensor) as f64;
+    let (gradients, weights) = (4.0 * n, s.element * n);
+    let halves = match layout.zero {
+        0 => 2.0 * gradients,
+        1 => gradients + weights,
+        _ => s.micro_batches * gradients + weights,
+    };
+    share(layout.data) * halves + share(layout.sequence) * 2.0 * gradients
+}
+
+fn tensor_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
+    let (h, all_reduce) = (s.dims.hidden_size as f64, 2.0 * share(layout.tensor));
+    let per_rank = |n: usize| n as f64 / layout.sequence as f64;
+    // Two of every step forward, two backward; the gradient of the rows before the head.
+    let draft = (4 * s.steps) as f64 * per_rank(s.rows.live) + per_rank(s.rows.loss);
+    let target =
+        s.target.map_or(0.0, |t| 2.0 * t.n_layers as f64 * per_rank(s.rows.tokens) * t.hidden_size as f64);
+    all_reduce * s.element * (draft * h + target)
+}
+
+fn sequence_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
+    let d = s.dims;
+    let width = (2 * (d.num_attention_heads + d.num_key_value_heads) * d.head_dim) as f64;
+    let rows = s.rows.live as f64 / layout.sequence as f64;
+    2.0 * share(layout.sequence) * s.element * s.steps as f64 * rows * width / layout.tensor as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use specforge_methods::eagle3::Config;
+
+    use super::*;
+    use crate::commands::bench::preset::Preset;
+
+    #[test]
+    fn volumes_are_those_of_the_papers() {
+        let info = Preset::Llama3_8b.info().unwrap();
+        let dims = Dims::resolve(&Config::default(), &info, 32_000).unwrap();
+        let n = parameters(&dims, 1) as f64;
+        assert!((n / 425e6 - 1.0).abs() < 0.01, "{n}");
+        let mut rows = Rows::default();
+        rows.add_document(&[1; 2048], 7);
+        let s = Sizes { dims: &dims, target: None, steps: 7, rows: &rows, micro_batches: 1.0, element: 2.0 };
+        let links = Links { link: 100e9, network: 10e9, per_node: 8 };
+        let at = |layout| of(&s, layout, &links);
+        let plain = at(Layout { data: 8, ..Layout::ALONE });
+        assert_eq!(plain.data_bytes, 2.0 * 7.0 / 8.0 * 4.0 * n);
+        assert_eq!(plain.data_seconds, plain.data_bytes / 100e9);
+        let two_machines = at(Layout { data: 16, zero: 2, ..Layout::ALONE });
+        assert_eq!(two_machines.data_seconds, 15.0 / 16.0 * 6.0 * n / 10e9);
+        assert_eq!((plain.tensor_bytes, plain.sequence_bytes), (0.0, 0.0));
+        let tensor = at(Layout { tensor: 2, ..Layout::ALONE });
+        assert_eq!(tensor.tensor_bytes, 2.0 * 4096.0 * (28.0 * 2047.0 + 14_308.0));
+        assert_eq!(at(Layout::ALONE).waited_seconds, 0.0);
+    }
+}

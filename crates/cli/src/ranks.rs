@@ -1,0 +1,295 @@
+//! The ranks of a command: none but this process, threads of it, or processes that someone started together.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use specforge_config::{DeviceChoice, Fsdp, ParallelPlan, ReduceDType, RunPlan};
+use specforge_cuda::Gpu;
+use specforge_parallel::launch::{Placement, placement};
+use specforge_parallel::{Alarm, Level, Mesh, MeshShape, nccl, rendezvous, tell, threads};
+use specforge_tensor::{Combine, DType, Device, Group, Tensor};
+use specforge_train::Ranks;
+
+use crate::show::quiet;
+use crate::{env, gpu, launch, setup};
+
+/// What a command is told of the rank it runs on.
+#[derive(Debug)]
+pub(crate) struct Rank {
+    /// Everyone; absent where there is one rank.
+    world: Option<Arc<dyn Group>>,
+    /// Where tensors that go between ranks lie.
+    device: Device,
+}
+
+/// How a command ended on a rank.
+#[derive(Debug)]
+pub(crate) enum Ending {
+    /// All done.
+    Done,
+    /// Stopped as it was asked to; how to go on.
+    Stopped(String),
+}
+
+impl Rank {
+    /// Whether this rank prints, decides and writes what there is one of.
+    pub(crate) fn is_first(&self) -> bool {
+        self.number() == 0
+    }
+
+    /// Its number.
+    pub(crate) fn number(&self) -> usize {
+        self.world.as_ref().map_or(0, |world| world.rank())
+    }
+
+    /// How many ranks there are.
+    pub(crate) fn size(&self) -> usize {
+        self.world.as_ref().map_or(1, |world| world.size())
+    }
+
+    /// A count added up over all ranks.
+    pub(crate) fn sum(&self, own: u64) -> Result<u64> {
+        let Some(world) = &self.world else { return Ok(own) };
+        let mut sum = Tensor::from_f64(self.device, vec![own as f64])?;
+        world.all_reduce(&mut sum, Combine::Sum)?;
+        Ok(sum.later_f64()?.wait()?[0] as u64)
+    }
+
+    /// Waits for all.
+    pub(crate) fn barrier(&self) -> Result<()> {
+        Ok(self.world.as_ref().map_or(Ok(()), |world| world.barrier())?)
+    }
+
+    /// On the first rank, then on the others, which find what it has left.
+    pub(crate) fn first_then_others<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        if self.is_first() {
+            let done = f()?;
+            self.barrier()?;
+            return Ok(done);
+        }
+        self.barrier()?;
+        f()
+    }
+
+    /// What the first rank finds out, on all.
+    pub(crate) fn told(&self, find_out: impl FnOnce() -> Result<String>) -> Result<String> {
+        let own = if self.is_first() { find_out()? } else { String::new() };
+        match &self.world {
+            Some(world) => Ok(tell(world.as_ref(), self.device, 0, &own)?),
+            None => Ok(own),
+        }
+    }
+
+    /// The mesh of a plan, where there are several ranks.
+    pub(crate) fn mesh(&self, plan: &ParallelPlan) -> Result<Option<Ranks>> {
+        let Some(world) = &self.world else { return Ok(None) };
+        let mesh = Mesh::new(world.clone(), shape(plan, world.size())?, self.device)?;
+        let level = match plan.fsdp {
+            Fsdp::None => Level::None,
+            Fsdp::Optimizer => Level::Optimizer,
+            Fsdp::Gradients => Level::Gradients,
+            Fsdp::Full => Level::Full,
+        };
+        let reduce = match plan.reduce {
+            ReduceDType::F32 => DType::F32,
+            ReduceDType::Bf16 => DType::Bf16,
+        };
+        Ok(Some(Ranks { mesh, level, reduce, patience: patience(plan) }))
+    }
+}
+
+/// The mesh that a plan makes of so many ranks.
+fn shape(plan: &ParallelPlan, ranks: usize) -> Result<MeshShape> {
+    let (sequence, tensor) = (plan.sequence, plan.tensor);
+    let data = plan.data.unwrap_or(ranks / (sequence * tensor));
+    if data * sequence * tensor != ranks {
+        bail!(
+            "{ranks} ranks were started, but parallel.data x sequence x tensor is {data} x {sequence} x {tensor} = {}: \
+             start that many, or leave parallel.data out",
+            data * sequence * tensor
+        );
+    }
+    let shards = plan.shards.unwrap_or(data);
+    if !data.is_multiple_of(shards) {
+        bail!("parallel.shards = {shards}: expected a divisor of the {data} ranks that rows are dealt to");
+    }
+    Ok(MeshShape { replicas: data / shards, shards, sequence, tensor })
+}
+
+fn patience(plan: &ParallelPlan) -> Duration {
+    Duration::from_secs(plan.timeout)
+}
+
+/// Runs a command on all ranks of a plan whose device is not chosen yet.
+pub(crate) fn run(plan: RunPlan, command: impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync) -> Result<()> {
+    launch::end_with_parent();
+    let placed = placement(&env::launch())?;
+    let asked = plan.parallel.data.unwrap_or(1) * plan.parallel.sequence * plan.parallel.tensor;
+    match placed {
+        _ if plan.parallel.ranks_in_process => in_threads(plan, asked, &command),
+        Some(placement) if placement.size > 1 => as_process(plan, &placement, &command),
+        _ if asked > 1 => start(&plan, asked),
+        _ => {
+            let plan = setup::on_this_machine(plan)?;
+            end(command(plan, &Rank { world: None, device: Device::Cpu })?)
+        }
+    }
+}
+
+/// Ranks that nobody has started: one process per GPU of this machine.
+fn start(plan: &RunPlan, asked: usize) -> Result<()> {
+    let gpus = if plan.device == DeviceChoice::Cpu { 0 } else { Gpu::count().unwrap_or(0) };
+    match gpus {
+        0 if plan.device == DeviceChoice::Cuda => Gpu::count().map(|_| ()).context("device = \"cuda\""),
+        0 => bail!("{}", not_started(plan, asked)),
+        _ if asked <= gpus => launch::start(asked),
+        _ => bail!(
+            "the recipe asks for {asked} ranks, this machine has {gpus} GPUs: start as many processes on several \
+             machines, with torchrun or srun (docs/parallel.md)"
+        ),
+    }
+}
+
+/// What to do where ranks are asked for that nobody has started, on CPUs.
+fn not_started(plan: &RunPlan, asked: usize) -> String {
+    let with = if cfg!(feature = "mpi") { "" } else { "build with --features mpi and " };
+    format!(
+        "the recipe asks for {asked} ranks, and this process was started alone: {with}run it with \
+         `mpirun -n {asked} specforge ...` (device = {:?}), or set parallel.data = 1",
+        plan.device
+    )
+}
+
+fn end(ending: Ending) -> Result<()> {
+    match ending {
+        Ending::Done => Ok(()),
+        Ending::Stopped(how_to_go_on) => bail!(how_to_go_on),
+    }
+}
+
+/// Every rank a thread. The error that came first is the one to tell; the others only say that somebody is gone.
+fn in_threads(
+    plan: RunPlan,
+    ranks: usize,
+    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+) -> Result<()> {
+    let plan = setup::on_this_machine(plan)?;
+    let first_error = Mutex::new(None);
+    let endings = threads::run(ranks, patience(&plan.parallel), |world| {
+        quiet(world.rank() > 0);
+        let number = world.rank();
+        let rank = Rank { world: (ranks > 1).then_some(world), device: Device::Cpu };
+        command(plan.clone(), &rank).map_err(|error| {
+            let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
+            let error = if number == 0 { error } else { error.context(format!("rank {number} of {ranks}")) };
+            first.get_or_insert(error);
+        })
+    });
+    if let Some(error) = first_error.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error);
+    }
+    endings.into_iter().next().and_then(Result::ok).map_or(Ok(()), end)
+}
+
+/// This process is one of several that were started together.
+fn as_process(
+    mut plan: RunPlan,
+    placement: &Placement,
+    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+) -> Result<()> {
+    shape(&plan.parallel, placement.size)?;
+    quiet(placement.rank > 0);
+    if plan.device != DeviceChoice::Cpu {
+        gpu::choose(placement.local_rank)?;
+    }
+    plan = setup::on_this_machine(plan)?;
+    if plan.device == DeviceChoice::Cuda {
+        return by_nccl(plan, placement, command);
+    }
+    by_mpi(plan, placement, command)
+}
+
+/// Every rank with a GPU: they meet by TCP, and talk through NCCL.
+fn by_nccl(
+    plan: RunPlan,
+    placement: &Placement,
+    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+) -> Result<()> {
+    let place @ (number, size) = (placement.rank, placement.size);
+    let Some((host, port)) = &placement.meeting else {
+        bail!(
+            "rank {number} of {size}, started by {:?}: MASTER_ADDR is not set: the name of the machine of rank 0",
+            placement.by
+        );
+    };
+    let wait: (Duration, Alarm) = (patience(&plan.parallel), launch::die);
+    let id = || nccl::unique_id().map(Vec::from).map_err(|e| e.to_string());
+    let (id, link) = rendezvous::meet((host, *port), place, wait, id)?;
+    let join = || -> Result<Ending> {
+        let id: [u8; 128] = id.try_into().map_err(|_| anyhow!("what rank 0 sent is not an id of NCCL's"))?;
+        let device = setup::device(&plan)?;
+        let world = nccl::join(device, &id, place, wait)?;
+        command(plan, &Rank { world: Some(world), device })
+    };
+    match join() {
+        Ok(ending) => {
+            link.leave();
+            // The first rank says it for all.
+            if number == 0 { end(ending) } else { Ok(()) }
+        }
+        Err(error) => {
+            let error = error.context(format!("rank {number} of {size}"));
+            link.fail(&format!("{error:#}"));
+            Err(error)
+        }
+    }
+}
+
+#[cfg(not(feature = "mpi"))]
+fn by_mpi(
+    _: RunPlan,
+    placement: &Placement,
+    _: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+) -> Result<()> {
+    bail!(
+        "this process is rank {} of {}, and on CPUs ranks reach each other by MPI, which this program was built \
+         without: install MPI and build with `cargo build --release --features mpi`",
+        placement.rank,
+        placement.size
+    )
+}
+
+#[cfg(feature = "mpi")]
+fn by_mpi(
+    plan: RunPlan,
+    placement: &Placement,
+    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+) -> Result<()> {
+    use specforge_parallel::mpi;
+    let world = mpi::start(patience(&plan.parallel), launch::die)?;
+    let (number, size) = (world.rank(), world.size());
+    if (number, size) != (placement.rank, placement.size) {
+        mpi::finish();
+        bail!(
+            "{:?} says that this is rank {} of {}, MPI says rank {number} of {size}: it was not started by the MPI that \
+             this program was built with; use its own mpirun, or srun --mpi=pmix",
+            placement.by,
+            placement.rank,
+            placement.size
+        );
+    }
+    match command(plan, &Rank { world: Some(world), device: Device::Cpu }) {
+        Ok(ending) => {
+            mpi::finish();
+            // The first rank says it for all.
+            if number == 0 { end(ending) } else { Ok(()) }
+        }
+        Err(error) => {
+            quiet(false);
+            crate::show::note!("error: rank {number} of {size}: {error:#}");
+            mpi::abort();
+            Err(error)
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! Several ranks, as threads of the program or as processes that `mpirun` starts.
+
+use std::process::Command;
+
+use serde_json::Value;
+use specforge_testkit::test_device;
+
+use crate::kill::{Running, logged};
+use crate::left::{Left, steps};
+use crate::world::{Ran, World, names, torn};
+
+/// How the ranks of a run are started.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum How {
+    Threads,
+    #[cfg(feature = "mpi")]
+    Processes,
+}
+
+impl How {
+    /// Kills the ranks, or one of them, so that nothing can be cleaned up.
+    fn kill(self, running: Running) {
+        match self {
+            Self::Threads => {
+                running.kill();
+            }
+            #[cfg(feature = "mpi")]
+            Self::Processes => {
+                running.kill_child(0);
+            }
+        }
+    }
+}
+
+/// All that this build has.
+fn ways() -> Vec<How> {
+    vec![
+        How::Threads,
+        #[cfg(feature = "mpi")]
+        How::Processes,
+    ]
+}
+
+/// A command on so many ranks.
+fn on(world: &World, how: How, ranks: usize, args: &[&str]) -> Command {
+    let data = format!("parallel.data={ranks}");
+    let threads = ["--set", &data, "--set", "parallel.ranks-in-process=true"];
+    match how {
+        How::Threads => world.specforge(&[args, &threads].concat()),
+        #[cfg(feature = "mpi")]
+        How::Processes => crate::world::mpirun(&world.specforge(args), ranks),
+    }
+}
+
+#[track_caller]
+fn ok(world: &World, how: How, ranks: usize, args: &[&str]) -> Ran {
+    let ran = Ran::of(&mut on(world, how, ranks, args));
+    assert_eq!(ran.code, Some(0), "{how:?} {ranks} {args:?}: {}{}", ran.stdout, ran.stderr);
+    ran
+}
+
+/// A recipe of short runs: everything in float32.
+fn world() -> Option<World> {
+    (test_device() == "cpu").then(World::new)
+}
+
+fn f64_of(value: &Value) -> f64 {
+    value.as_f64().unwrap()
+}
+
+/// The log of a run says what another one's does, within the rounding of sums in another order.
+#[track_caller]
+fn assert_same_log(world: &World, name: &str, other: &str) {
+    let (got, want) = (steps(world, name), steps(world, other));
+    assert_eq!(got.len(), want.len(), "{name}");
+    for (got, want) in got.iter().zip(&want) {
+        assert_eq!((&got["step"], &got["epoch"], &got["lr"]), (&want["step"], &want["epoch"], &want["lr"]));
+        let off = (f64_of(&got["loss"]) / f64_of(&want["loss"]) - 1.0).abs();
+        assert!(off < 1e-5, "{name}: the loss of step {} is off by {off}", got["step"]);
+    }
+}
+
+/// Tokens that a run trained on, by its last checkpoint.
+fn tokens(world: &World, name: &str) -> Value {
+    let latest = world.text(&format!("runs/{name}/checkpoints/latest"));
+    world.json(&format!("runs/{name}/checkpoints/{}/state.json", latest.trim()))["tokens"].clone()
+}
+
+fn set(name: &str) -> String {
+    format!("name={name}")
+}
+
+#[test]
+fn parallel_runs_log_what_a_single_rank_logs() {
+    let Some(world) = world() else { return };
+    world.ok(&["train", "R", "--set", "name=alone"]);
+    for how in ways() {
+        for (ranks, fsdp) in [(2, "none"), (4, "optimizer"), (3, "gradients"), (2, "full")] {
+            let name = format!("{how:?}-{fsdp}");
+            let (set, level) = (set(&name), format!("parallel.fsdp={fsdp}"));
+            let ran = ok(&world, how, ranks, &["train", "R", "--set", &set, "--set", &level]);
+            assert_same_log(&world, &name, "alone");
+            assert_eq!(tokens(&world, &name), tokens(&world, "alone"));
+            assert!(world.has(&format!("runs/{name}/export/model.safetensors")));
+            assert_eq!(ran.stdout.matches("acceptance length after").count(), 1, "{}", ran.stdout);
+            assert_eq!(torn(&world.path(&format!("runs/{name}"))), Vec::<String>::new());
+        }
+    }
+}
+
+/// What a run on several ranks left that must be the same bits.
+fn left(world: &World, name: &str) -> (Vec<Value>, Vec<Vec<u8>>, Value) {
+    let latest = world.text(&format!("runs/{name}/checkpoints/latest"));
+    let folder = format!("runs/{name}/checkpoints/{}", latest.trim());
+    let files = names(&world.path(&folder)).into_iter().filter(|file| file.ends_with(".safetensors"));
+    (
+        steps(world, name),
+        files.map(|file| world.bytes(&format!("{folder}/{file}"))).collect(),
+        tokens(world, name),
+    )
+}
+
+#[test]
+fn parallel_a_stopped_run_goes_on_to_the_same_bits() {
+    let Some(world) = world() else { return };
+    ok(&world, How::Threads, 2, &["train", "R", "--set", "name=whole"]);
+    // Killed so that nobody can clean up, while a step, a checkpoint or an evaluation is going on.
+    for lines in [1, 4, 8, 13] {
+        let name = format!("killed-{lines}");
+        let args = ["train", "R", "--set", &set(&name)];
+        let mut running = Running::of(on(&world, How::Threads, 2, &args));
+        running.wait_until(|| logged(&world, &name) >= lines);
+        running.kill();
+        ok(&world, How::Threads, 2, &[&args[..], &["--resume"]].concat());
+        assert!(left(&world, &name) == left(&world, "whole"), "{name} differs from the whole run");
+    }
+}
+
+/// One rank of three is killed again and again, at random steps; the others end with an error each time.
+#[cfg(feature = "mpi")]
+#[test]
+fn parallel_a_killed_rank_ends_the_others_and_the_run_goes_on_to_the_same_bits() {
+    let Some(world) = world() else { return };
+    let (how, ranks) = (How::Processes, 3);
+    ok(&world, how, ranks, &["train", "R", "--set", "name=whole"]);
+    let steps = logged(&world, "whole");
+    let mut lcg = specforge_testkit::Lcg::new(11);
+    let mut killed = 0;
+    for run in 0..KILLED_RUNS {
+        let name = format!("killed-{run}");
+        let set = set(&name);
+        let args =
+            ["train", "R", "--set", &set, "--set", "train.auto-resume=true", "--set", "train.save-every=2"];
+        let mut lines = 0;
+        while lines < steps {
+            lines += 1 + lcg.below(7);
+            let mut running = Running::of(on(&world, how, ranks, &args));
+            running.wait_until(|| logged(&world, &name) >= lines);
+            let started = std::time::Instant::now();
+            let ran = running.kill_child(lcg.below(ranks));
+            if let Some(ran) = ran.filter(|ran| ran.code != Some(0)) {
+                killed += 1;
+                assert!(started.elapsed().as_secs() < 15, "the others went on");
+                assert!(ran.stderr.contains("signal 9"), "{}", ran.stderr);
+            }
+        }
+        ok(&world, how, ranks, &args);
+        assert!(left(&world, &name) == left(&world, "whole"), "{name} differs from the whole run");
+        assert_eq!(tokens(&world, &name), tokens(&world, "whole"), "every row once an epoch");
+    }
+    assert!(killed >= 3 * KILLED_RUNS, "only {killed} kills found the ranks at work");
+}
+
+/// Runs that are killed half a dozen times each.
+#[cfg(feature = "mpi")]
+const KILLED_RUNS: usize = 2;
+
+#[test]
+fn parallel_a_signal_saves_and_says_how_to_go_on() {
+    let Some(world) = world() else { return };
+    let args = ["train", "R", "--set", "name=signalled"];
+    let mut running = Running::of(on(&world, How::Threads, 2, &args));
+    running.wait_until(|| logged(&world, "signalled") >= 3);
+    let ran = running.signal("INT");
+    ran.refused(&["stopped at step", "--resume"]);
+    ok(&world, How::Threads, 2, &["train", "R", "--set", "name=signalled", "--resume"]);
+    ok(&world, How::Threads, 2, &["train", "R", "--set", "name=whole"]);
+    assert!(left(&world, "signalled") == left(&world, "whole"));
+}
+
+#[test]
+fn parallel_a_run_moves_between_numbers_of_ranks() {
+    let Some(world) = world() else { return };
+    world.ok(&["train", "R", "--set", "name=alone"]);
+    for how in ways() {
+        let name = format!("{how:?}-moving");
+        let args = ["train", "R", "--set", &set(&name), "--set", "train.auto-resume=true"];
+        for (ranks, lines) in [(4, 4), (2, 9), (1, 14), (3, usize::MAX)] {
+            let mut running = Running::of(on(&world, how, ranks, &args));
+            running.wait_until(|| logged(&world, &name) >= lines);
+            if lines < usize::MAX {
+                how.kill(running);
+            } else {
+                assert_eq!(running.end().code, Some(0));
+            }
+        }
+        assert_same_log(&world, &name, "alone");
+        assert_eq!(tokens(&world, &name), tokens(&world, "alone"));
+    }
+}
+
+/// One rank's store is what several ranks write, and a training from either is the same.
+#[test]
+fn parallel_a_capture_goes_on_with_another_number_of_ranks() {
+    let Some(world) = world() else { return };
+    world.write("conversations.jsonl", crate::world::conversations(900, 5));
+    let with = |command: &str, store: &str| {
+        let sets = [
+            "mode=offline".to_owned(),
+            format!("store.path={store}"),
+            set(store),
+            "train.epochs=1".to_owned(),
+        ];
+        let sets = sets.into_iter().flat_map(|s| ["--set".to_owned(), s]);
+        [command.to_owned(), "R".to_owned()].into_iter().chain(sets).collect::<Vec<_>>()
+    };
+    let alone = with("capture", "alone");
+    world.ok(&alone.iter().map(String::as_str).collect::<Vec<_>>());
+    for how in ways() {
+        let store = format!("{how:?}-store");
+        let args = with("capture", &store);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        for ranks in [4, 3] {
+            let mut running = Running::of(on(&world, how, ranks, &args));
+            let parts = || if world.has(&store) { names(&world.path(&store)) } else { Vec::new() };
+            running.wait_until(|| parts().iter().any(|name| name.contains(".part")));
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            how.kill(running);
+        }
+        ok(&world, how, 2, &args);
+        let verified = world.ok(&["info", &store, "--verify"]);
+        assert!(verified.stdout.contains("verified: 900 records"), "{}", verified.stdout);
+        let trained = |store: &str| {
+            let args = with("train", store);
+            world.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
+            Left::by(&world, store)
+        };
+        if !world.has("runs/alone/summary.json") {
+            trained("alone");
+        }
+        trained(&store).assert_same(&Left::by(&world, "alone"), &store);
+    }
+}
+
+#[test]
+fn parallel_what_cannot_be_is_told_with_the_way_out() {
+    let Some(world) = world() else { return };
+    let sets = |sets: &[&str], expected: &[&str]| {
+        let sets: Vec<&str> = sets.iter().flat_map(|s| ["--set", s]).collect();
+        world.fails(&[&["train", "R"], sets.as_slice()].concat(), expected);
+    };
+    sets(&["parallel.data=4"], &["asks for 4 ranks", "mpirun -n 4", "parallel.data = 1"]);
+    sets(&["parallel.tensor=2"], &["parallel.tensor", "expected 1"]);
+    sets(&["parallel.sequence=2"], &["parallel.sequence", "expected 1"]);
+    sets(&["parallel.data=4", "parallel.shards=3"], &["parallel.shards", "a divisor"]);
+    sets(&["parallel.ranks-in-process=true"], &["parallel.data", "missing"]);
+    sets(&["parallel.timeout=0"], &["parallel.timeout", "at least 1"]);
+    sets(&["parallel.data=2", "parallel.ranks-in-process=true", "mode=cache"], &["cache", "capture"]);
+    let mut partial = world.specforge(&["train", "R"]);
+    Ran::of(partial.env("RANK", "0").env("WORLD_SIZE", "2")).refused(&[
+        "torchrun",
+        "LOCAL_RANK",
+        "set all of them",
+    ]);
+    let mut wrong = world.specforge(&["train", "R"]);
+    wrong.env("RANK", "5").env("WORLD_SIZE", "2").env("LOCAL_RANK", "0");
+    Ran::of(&mut wrong).refused(&["RANK = \"5\"", "0 to 1"]);
+    assert!(!world.has("runs/run/checkpoints"));
+}
+
+/// What one rank finds out ends all of them, and stands in the one error that is told.
+#[test]
+fn parallel_an_error_of_one_rank_is_the_error_of_the_run() {
+    let Some(world) = world() else { return };
+    for how in ways() {
+        // A store that lacks a row: whoever fetches it says so.
+        let mut command =
+            on(&world, how, 3, &["train", "R", "--set", "mode=offline", "--set", "store.path=none"]);
+        let ran = Ran::of(&mut command);
+        assert_ne!(ran.code, Some(0));
+        assert!(ran.stderr.contains("offline training reads"), "{}", ran.stderr);
+        assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
+    }
+}

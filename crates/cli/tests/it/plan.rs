@@ -1,0 +1,76 @@
+//! `specforge plan`: figures of a recipe and of more cards, and what is said where they do not fit.
+
+use serde_json::Value;
+
+use crate::world::World;
+
+#[track_caller]
+fn at(facts: &Value, pointer: &str) -> f64 {
+    facts.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("{pointer} in {facts:#}"))
+}
+
+#[test]
+fn a_recipe_is_planned_for_this_machine_and_for_more_cards() {
+    let world = World::new();
+    let here = world.ok_json(&["plan", "recipe.toml", "--json", "--set", "device=cpu"]);
+    assert_eq!((&here["card"]["name"], &here["larger"]), (&"cpu".into(), &Value::Array(vec![])));
+    let parts: f64 =
+        here["projection"]["memory"].as_object().unwrap().values().filter_map(Value::as_f64).sum();
+    assert_eq!(parts, at(&here, "/projection/memory_bytes"));
+    // The steps are those that a run takes, and nothing is written for a run.
+    let run = world.ok_json(&["train", "recipe.toml", "--json"]);
+    assert_eq!(here["projection"]["steps"], run["steps"]);
+
+    let cards = ["plan", "recipe.toml", "--json", "--card", "h100", "--gpus", "4", "--zero", "2"];
+    let four = world.ok_json(&cards);
+    assert_eq!(at(&four, "/projection/layout/data"), 4.0);
+    let n = at(&four, "/parameters");
+    // Reduce-scatter of float32 gradients after each of two micro-batches, all-gather of bf16 weights.
+    assert_eq!(at(&four, "/projection/traffic/data_bytes"), 0.75 * 10.0 * n);
+    // The recipe's own ranks count where no others are asked for.
+    let own = world.ok_json(&["plan", "recipe.toml", "--json", "--card", "h100", "--set", "parallel.data=2"]);
+    let layout = |key: &str| at(&own, &format!("/projection/layout/{key}"));
+    assert_eq!([layout("data"), layout("zero")], [2.0, 1.0]);
+    let ranks = |i: usize| at(&four, &format!("/larger/{i}/layout/data"));
+    assert_eq!([ranks(0), ranks(1), ranks(2)], [8.0, 64.0, 512.0]);
+}
+
+#[test]
+fn tokens_may_be_assumed_and_a_store_takes_room() {
+    let world = World::new();
+    let args = ["plan", "recipe.toml", "--json", "--card", "h200", "--tokens", "1e6", "--supervised", "0.5"];
+    let online = world.ok_json(&args);
+    assert_eq!((at(&online, "/tokens"), at(&online, "/store_bytes")), (1e6, 0.0));
+    let largest = |name: &str| at(&online, &format!("/largest_micro_batch/{name}"));
+    assert!(largest("live") < 0.6 * largest("tokens"), "{online:#}");
+    let offline = world.ok_json(&[&args[..], &["--set", "mode=offline"]].concat());
+    assert!(at(&offline, "/store_bytes") > 1e6 * 2.0 * 4.0 * 32.0, "{offline:#}");
+    assert!(at(&offline, "/projection/memory_bytes") < at(&online, "/projection/memory_bytes"));
+    // Nobody read the conversations.
+    world.write("conversations.jsonl", "no JSON");
+    world.ok_json(&args);
+}
+
+#[test]
+fn what_cannot_fit_is_refused_with_what_can() {
+    let world = World::new();
+    let plan = |more: &[&str]| world.run(&[&["plan", "recipe.toml", "--card", "a100"], more].concat());
+    let all = world.ok_json(&["plan", "recipe.toml", "--card", "a100", "--json"]);
+    let gib = (at(&all, "/projection/memory_bytes") * 0.9 + f64::from(600 << 20)) / f64::from(1 << 30);
+    let tight = plan(&["--memory", &gib.to_string()]);
+    assert_eq!(tight.code, Some(1), "{tight:?}");
+    assert!(tight.stderr.contains("the nearest setting that fits: --set mode=offline"), "{tight:?}");
+    let none = plan(&["--memory", "0.1"]);
+    assert!(none.code == Some(1) && none.stderr.contains("no setting of the recipe fits"), "{none:?}");
+    for (args, message) in [
+        (&["--gpus", "6", "--tensor", "4"][..], "no multiple of --tensor 4"),
+        (&["--gpus", "3", "--tensor", "3"], "a divisor of the"),
+        (&["--supervised", "0.5"], "--tokens"),
+        (&["--tokens", "0"], "above 0"),
+        (&["--zero", "4"], "0..=3"),
+        (&["--set", "target.path=nowhere"], "there is no such folder"),
+    ] {
+        let ran = plan(args);
+        assert!(ran.code == Some(1) && ran.stderr.contains(message), "{args:?}: {ran:?}");
+    }
+}

@@ -1,0 +1,152 @@
+//! How attention reaches the keys that a row may see: they are here, or on other ranks.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use specforge_tensor::{
+    Attention, AttentionShape, Device, Group, KeyValue, Part, RingAttention, Spans, Tape, Tensor, Var,
+};
+
+use super::plan::{Plan, Slice};
+use crate::{Exchange, Result, Sequence};
+
+/// One further key per query of every step before, as attention takes it.
+pub(super) type Extras = Vec<(KeyValue, Option<Tensor>)>;
+
+/// What the attention of all TTT steps has in common.
+pub(super) struct Reach<'m> {
+    shape: AttentionShape,
+    how: How<'m>,
+}
+
+enum How<'m> {
+    /// Every key is here.
+    Here(Spans),
+    /// All rows with some heads, then back. Rows are filled up to as many as any rank has.
+    Heads { ranks: &'m Arc<dyn Group>, spans: Spans, fill: Tensor, own: Tensor, base: Tensor },
+    /// Spans within the keys of each rank.
+    Ring { ranks: &'m Arc<dyn Group>, spans: Vec<Spans>, base: Tensor },
+}
+
+/// Rows `0..n`, filled up to `most` with rows of zeros.
+fn filled(device: Device, n: usize, most: usize) -> Tensor {
+    Tensor::from_u32(device, (0..most).map(|r| if r < n { r as u32 } else { u32::MAX }).collect())
+}
+
+fn spans(device: Device, pairs: impl Iterator<Item = (u32, u32)>) -> Spans {
+    let (lo, hi) = pairs.unzip();
+    Spans { lo: Tensor::from_u32(device, lo), hi: Tensor::from_u32(device, hi) }
+}
+
+impl<'m> Reach<'m> {
+    /// For the live rows of `plan`; `sequence` are the ranks that share the rows.
+    pub(super) fn new(
+        plan: &Plan,
+        shape: AttentionShape,
+        sequence: Option<&'m Sequence>,
+        device: Device,
+    ) -> Self {
+        let Some(Sequence { ranks, exchange }) = sequence else {
+            return Self { shape, how: How::Here(plan.spans(device)) };
+        };
+        let slice = &plan.slice;
+        let base = filled(device, slice.n_keys, slice.each);
+        let how = match exchange {
+            Exchange::Heads => Self::by_heads(plan, slice, ranks, base, device),
+            Exchange::Ring => {
+                let of =
+                    |rank: usize| spans(device, plan.sight().map(|keys| within(&keys, rank, slice.each)));
+                How::Ring { ranks, spans: (0..ranks.size()).map(of).collect(), base }
+            }
+        };
+        Self { shape, how }
+    }
+
+    fn by_heads(
+        plan: &Plan,
+        slice: &Slice,
+        ranks: &'m Arc<dyn Group>,
+        base: Tensor,
+        device: Device,
+    ) -> How<'m> {
+        let (n, most) = (plan.live.len(), slice.sights.iter().map(Vec::len).max().unwrap_or(0));
+        // Token p is key p of all: only the last rank's keys are filled up. Rows that fill up see nothing.
+        let all = slice.sights.iter().flat_map(|sight| {
+            let fill = std::iter::repeat_n((0, 0), most - sight.len());
+            sight.iter().map(|keys| (keys.start, keys.end)).chain(fill)
+        });
+        let own = Tensor::from_u32(device, (0..n as u32).collect());
+        How::Heads { ranks, spans: spans(device, all), fill: filled(device, n, most), own, base }
+    }
+
+    /// Keys, then values of all rows of this rank, as attention takes them.
+    pub(super) fn base(&self, tape: &Tape<'_>, packed: &Var) -> Result<KeyValue> {
+        Ok(match &self.how {
+            How::Here(_) => KeyValue::packed(packed, 0, self.shape),
+            How::Heads { ranks, base, .. } => self.exchanged(tape, packed, 0, base, ranks)?,
+            How::Ring { base, .. } => KeyValue::packed(&tape.gather_rows(packed, base)?, 0, self.shape),
+        })
+    }
+
+    /// This step's own keys and values, columns of `packed` from `first` on, for the steps after it.
+    pub(super) fn extra(&self, tape: &Tape<'_>, packed: &Var, first: usize) -> Result<KeyValue> {
+        Ok(match &self.how {
+            How::Here(_) | How::Ring { .. } => KeyValue::packed(packed, first, self.shape),
+            How::Heads { ranks, fill, .. } => self.exchanged(tape, packed, first, fill, ranks)?,
+        })
+    }
+
+    /// Keys and values, from column `first` on, of all rows with some heads.
+    fn exchanged(
+        &self,
+        tape: &Tape<'_>,
+        packed: &Var,
+        first: usize,
+        fill: &Tensor,
+        ranks: &Arc<dyn Group>,
+    ) -> Result<KeyValue> {
+        let width = self.shape.n_kv_heads * self.shape.head_dim;
+        let part = |first: usize| -> Result<Var> {
+            let own = tape.gather_rows(&tape.columns(packed, first..first + width)?, fill)?;
+            Ok(tape.rows_to_heads(&own, ranks)?)
+        };
+        Ok(KeyValue::new(&part(first)?, &part(first + width)?))
+    }
+
+    /// The attention of queries, the first columns of `packed`.
+    pub(super) fn attention(
+        &self,
+        tape: &Tape<'_>,
+        packed: &Var,
+        base: &KeyValue,
+        extras: &Extras,
+    ) -> Result<Var> {
+        let shape = self.shape;
+        match &self.how {
+            How::Here(spans) => {
+                let query = Part::new(packed, 0);
+                Ok(tape.attention(&Attention { shape, query, base, spans, extras })?)
+            }
+            How::Heads { ranks, spans, fill, own, .. } => {
+                let n = ranks.size();
+                let q = tape.columns(packed, 0..shape.n_heads * shape.head_dim)?;
+                let q = tape.rows_to_heads(&tape.gather_rows(&q, fill)?, ranks)?;
+                let (n_heads, n_kv_heads) = (shape.n_heads / n, shape.n_kv_heads / n);
+                let (shape, query) = (AttentionShape { n_heads, n_kv_heads, ..shape }, Part::new(&q, 0));
+                let a = tape.attention(&Attention { shape, query, base, spans, extras })?;
+                Ok(tape.gather_rows(&tape.heads_to_rows(&a, ranks)?, own)?)
+            }
+            How::Ring { ranks, spans, .. } => {
+                let (query, base) = (Part::new(packed, 0), &base.key.of);
+                Ok(tape.attention_ring(&RingAttention { shape, query, base, spans, extras, ranks })?)
+            }
+        }
+    }
+}
+
+/// The keys `keys` as far as they are among the `each` of one rank, counted from its first.
+fn within(keys: &Range<u32>, rank: usize, each: usize) -> (u32, u32) {
+    let (first, end) = ((rank * each) as u32, ((rank + 1) * each) as u32);
+    let (lo, hi) = (keys.start.clamp(first, end) - first, keys.end.clamp(first, end) - first);
+    if lo < hi { (lo, hi) } else { (0, 0) }
+}

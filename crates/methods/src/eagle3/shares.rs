@@ -1,0 +1,86 @@
+//! What of the draft each rank has, where ranks share it: column-parallel q, k, v, gate and up, row-parallel o and down
+//! (Shoeybi et al., 2019), and pieces of the vocabulary. Everything else, the norms and fc, every rank has whole, and
+//! with the same gradient.
+
+use std::sync::Arc;
+
+use specforge_tensor::{Group, Params, Split, Tape, Tensor};
+
+use super::config::config_error;
+use super::dims::Dims;
+use super::{Config, ObjectiveName};
+use crate::{Error, Exchange, Frozen, Ranks, Result, VocabMap};
+
+/// The piece of a weight that a rank has; nothing where every rank has the whole.
+pub(super) fn split_of(name: &str, dims: &Dims, ranks: &Arc<dyn Group>) -> Option<Split> {
+    let size = ranks.size();
+    let part = name.strip_prefix("midlayer.").unwrap_or(name).trim_end_matches(".weight");
+    let (rows, pieces) = match part {
+        "self_attn.k_proj" | "self_attn.v_proj" => (true, size.min(dims.num_key_value_heads)),
+        "self_attn.q_proj" | "mlp.gate_proj" | "mlp.up_proj" | "lm_head" => (true, size),
+        "self_attn.o_proj" | "mlp.down_proj" => (false, size),
+        _ => return None,
+    };
+    Some(Split::of(ranks, rows, pieces))
+}
+
+/// Fails where the draft cannot be shared by these ranks.
+pub(super) fn check(config: &Config, dims: &Dims, ranks: &Ranks) -> Result<()> {
+    let size = ranks.tensor().map_or(1, |ranks| ranks.size());
+    let even = |key: &str, n: usize| {
+        let reason = format!("{size} ranks share it (parallel.tensor), expected a multiple of {size}");
+        if n.is_multiple_of(size) { Ok(()) } else { Err(config_error(key, n.to_string(), reason)) }
+    };
+    even("num-attention-heads", dims.num_attention_heads)?;
+    if !size.is_multiple_of(dims.num_key_value_heads) {
+        even("num-key-value-heads", dims.num_key_value_heads)?;
+    }
+    even("intermediate-size", dims.intermediate_size)?;
+    even("draft-vocab-size", dims.draft_vocab_size)?;
+    let Some(sequence) = ranks.sequence() else { return Ok(()) };
+    if config.objective != ObjectiveName::Kl {
+        let reason = "the mean acceptance of a step is one over all rows: use objective = \"kl\", or parallel.sequence = 1";
+        return Err(config_error("objective", format!("{:?}", config.objective), reason.to_owned()));
+    }
+    let (n, heads) = (sequence.ranks.size(), (dims.num_key_value_heads / size).max(1));
+    if sequence.exchange == Exchange::Heads && !heads.is_multiple_of(n) {
+        let reason = format!(
+            "{n} ranks exchange heads for rows (parallel.sequence), expected a multiple of {n} on each; pass keys around a ring instead"
+        );
+        return Err(config_error("num-key-value-heads", heads.to_string(), reason));
+    }
+    Ok(())
+}
+
+/// The rows of the target's head that the draft vocabulary keeps, `[Vd, Ht]`: this rank's, where the draft is shared. The
+/// target's head may be whole or shared by the same ranks.
+pub(super) fn teacher_head(frozen: &Frozen, vocab: &VocabMap, dims: &Dims, ranks: &Ranks) -> Result<Tensor> {
+    let (head, none) = (&frozen.head, Params::new());
+    let tape = Tape::inference(&none);
+    let gather = |ids: Vec<u32>| -> Result<Tensor> {
+        let ids = Tensor::from_u32(head.device(), ids);
+        Ok(tape.gather_rows(&tape.input(head.clone()), &ids)?.value().clone())
+    };
+    let (ids, rows) = (vocab.target_ids().to_vec(), head.rows_cols().0);
+    let Some(ranks) = ranks.tensor() else { return gather(ids) };
+    if rows == dims.vocab_size {
+        let (n, rank) = (ids.len() / ranks.size(), ranks.rank());
+        return gather(ids[rank * n..(rank + 1) * n].to_vec());
+    }
+    if rows * ranks.size() != dims.vocab_size {
+        let (whole, size) = (dims.vocab_size, ranks.size());
+        let reason = format!("expected {whole} rows, or those of one of {size} ranks, got {rows}");
+        return Err(Error::Weight { name: "the target's head".to_owned(), reason });
+    }
+    // Each kept row is some rank's, and goes to the rank that keeps it.
+    let own = |&id: &u32| (id as usize).checked_sub(ranks.rank() * rows).filter(|&id| id < rows);
+    let kept = gather(ids.iter().map(|id| own(id).map_or(u32::MAX, |id| id as u32)).collect())?;
+    Ok(ranks.reduce_scatter(&kept)?)
+}
+
+/// What a rank has of the target's embedding, where the target is shared by the same ranks; `shape` is the whole.
+pub(super) fn table_split(frozen: &Frozen, shape: &[usize], ranks: &Ranks) -> Option<Split> {
+    let ranks = ranks.tensor()?;
+    let (rows, width) = frozen.embedding.rows_cols();
+    (shape == [rows * ranks.size(), width]).then(|| Split::of(ranks, true, ranks.size()))
+}

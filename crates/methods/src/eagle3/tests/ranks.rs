@@ -1,0 +1,239 @@
+//! Ranks that share a draft's matrices, the rows of a batch, or train on other batches, against one alone on the
+//! reference cases: losses, every gradient, and the weights after steps of the optimizer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use specforge_parallel::{Mesh, MeshShape, threads};
+use specforge_tensor::{Combine, Group};
+
+use super::*;
+use crate::{Exchange, Sequence};
+
+const PATIENCE: Duration = Duration::from_mins(1);
+const STEPS: usize = 2;
+
+/// What training came to: losses and metrics of every step, gradients of the first, weights after the last; by name.
+#[derive(Debug, Clone, Default)]
+struct Trained {
+    figures: Vec<(String, Vec<f64>)>,
+    tensors: Vec<(String, Vec<f32>)>,
+}
+
+/// All sums and weights of a loss.
+fn figures(loss: &Loss) -> Vec<(String, Vec<f64>)> {
+    let metric = |m: &Metric| {
+        let values = m.values.iter().flat_map(|r| [r.sum, r.weight]).collect();
+        (m.name.to_owned(), values)
+    };
+    let objective = ("objective".to_owned(), vec![loss.objective.sum, loss.objective.weight]);
+    std::iter::once(objective).chain(loss.metrics.iter().map(metric)).collect()
+}
+
+fn sum(values: &mut Vec<f64>, ranks: &Arc<dyn Group>) {
+    let mut all = Tensor::from_f64(Device::Cpu, std::mem::take(values)).unwrap();
+    ranks.all_reduce(&mut all, Combine::Sum).unwrap();
+    *values = all.later_f64().unwrap().wait().unwrap();
+}
+
+/// Trains on a case; `data` is the group of those that train on other batches, if there are some.
+fn train(mut case: Case, batch: Batch, ranks: &Ranks, data: Option<&Arc<dyn Group>>) -> Trained {
+    case.batch = batch;
+    // Clipping is the trainer's: it takes the norm over all ranks.
+    let config = AdamWConfig { lr: 1e-3, max_grad_norm: 0.0, ..AdamWConfig::default() };
+    let mut optimizer = AdamW::new(config, &case.params).unwrap();
+    let mut trained = Trained::default();
+    for step in 0..STEPS {
+        let (loss, mut grads) = run(&case, Grads::new());
+        let mut all = figures(&loss);
+        for group in data.into_iter().chain(ranks.sequence().map(|sequence| &sequence.ranks)) {
+            all.iter_mut().for_each(|(_, values)| sum(values, group));
+        }
+        ranks.add_up(&case.params, &mut grads).unwrap();
+        let mut squares = 0.0;
+        for (id, param) in case.params.iter().filter(|(_, p)| p.trainable) {
+            let mut own = grads.take(id).expect("every weight has a gradient");
+            data.iter().for_each(|group| group.all_reduce(&mut own, Combine::Sum).unwrap());
+            let own_squares: f64 = own.to_f32().iter().map(|g| f64::from(*g).powi(2)).sum();
+            squares += ranks.share_of_squares(param) * own_squares;
+            if step == 0 {
+                let whole = ranks.whole(param, &own).unwrap().to_f32();
+                trained.tensors.push((format!("grad.{}", param.name), whole));
+            }
+            grads.set(id, own);
+        }
+        let mut norm = vec![squares];
+        ranks.tensor().into_iter().for_each(|group| sum(&mut norm, group));
+        trained.figures.push((format!("squares of step {step}"), norm));
+        let weight = all[0].1[1];
+        optimizer.step(&mut case.params, &grads, weight, 1e-3).unwrap().wait().unwrap();
+        trained
+            .figures
+            .extend(all.into_iter().map(|(name, values)| (format!("{name} of step {step}"), values)));
+    }
+    for (_, param) in case.params.iter().filter(|(_, p)| p.trainable) {
+        let whole = ranks.whole(param, &param.value).unwrap().to_f32();
+        trained.tensors.push((format!("param.{}", param.name), whole));
+    }
+    trained
+}
+
+/// The mesh of a case: ranks with other batches, ranks of a sequence, ranks of a matrix.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    data: usize,
+    sequence: usize,
+    tensor: usize,
+    exchange: Exchange,
+}
+
+fn check(case: &str, shape: Shape) {
+    let Some(dir) = golden_case(case) else { return };
+    let alone = load(&dir);
+    let batch = alone.batch.clone();
+    let want = train(alone, batch, &Ranks::default(), None);
+    let mesh_shape =
+        MeshShape { replicas: 1, shards: shape.data, sequence: shape.sequence, tensor: shape.tensor };
+    let got = threads::run(mesh_shape.ranks(), PATIENCE, |world| {
+        let mesh = Mesh::new(world, mesh_shape, Device::Cpu).unwrap();
+        let sequence = Some(Sequence { ranks: mesh.sequence.clone(), exchange: shape.exchange });
+        let ranks = Ranks { tensor: Some(mesh.tensor.clone()), sequence };
+        let case = load_on(&dir, &ranks);
+        let batch = match shape.data {
+            1 => case.batch.clone(),
+            _ => case.batch.halves().unwrap().expect("two documents")[mesh.place.shard].clone(),
+        };
+        train(case, batch, &ranks, Some(&mesh.data))
+    });
+    for (rank, got) in got.iter().enumerate() {
+        compare(&format!("{case}, {shape:?}, rank {rank}"), got, &want);
+    }
+}
+
+fn compare(name: &str, got: &Trained, want: &Trained) {
+    assert_eq!((got.figures.len(), got.tensors.len()), (want.figures.len(), want.tensors.len()));
+    for ((what, got), (_, want)) in got.figures.iter().zip(&want.figures) {
+        for (got, want) in got.iter().zip(want) {
+            // Squares double a relative difference.
+            let bound = if what.starts_with("squares") { 2e-6 } else { 1e-6 };
+            assert!((got - want).abs() <= bound * want.abs(), "{name}: {what}: {got}, alone {want}");
+        }
+    }
+    for ((what, got), (_, want)) in got.tensors.iter().zip(&want.tensors) {
+        // The optimizer divides by the root of squares: where gradients are tiny it enlarges their last digits.
+        let bound = if what.starts_with("param.") && !name.contains("basic") { 5e-6 } else { 1e-6 };
+        let error = relative_error(got, want);
+        assert!(error <= bound, "{name}: {what}: {error:e}");
+    }
+}
+
+const ALONE: Shape = Shape { data: 1, sequence: 1, tensor: 1, exchange: Exchange::Ring };
+
+#[test]
+fn parallel_tensor_ranks_train_as_one() {
+    for tensor in [2, 4] {
+        check("eagle3-basic", Shape { tensor, ..ALONE });
+    }
+    check("eagle3-lk-lambda", Shape { tensor: 2, ..ALONE });
+    check("eagle3-lk-alpha", Shape { tensor: 2, ..ALONE });
+    check("eagle3.1-fc-norm", Shape { tensor: 2, ..ALONE });
+}
+
+#[test]
+fn parallel_sequence_ranks_train_as_one() {
+    for exchange in [Exchange::Heads, Exchange::Ring] {
+        check("eagle3-basic", Shape { sequence: 2, exchange, ..ALONE });
+    }
+    check("eagle3-basic", Shape { sequence: 3, ..ALONE });
+    check("eagle3.1-fc-norm", Shape { sequence: 2, exchange: Exchange::Heads, ..ALONE });
+}
+
+#[test]
+fn parallel_data_tensor_and_sequence_ranks_train_as_one() {
+    check("eagle3-basic", Shape { data: 2, tensor: 2, ..ALONE });
+    check("eagle3-basic", Shape { data: 2, sequence: 2, ..ALONE });
+    check("eagle3-basic", Shape { sequence: 2, tensor: 2, ..ALONE });
+}
+
+/// A batch of fewer tokens than it takes to give every rank some.
+#[test]
+fn parallel_short_batches_leave_ranks_without_rows() {
+    let Some(dir) = golden_case("eagle3-basic") else { return };
+    let short = |case: &Case| {
+        let mut batch = case.batch.clone();
+        let n = 9;
+        batch.bounds = std::iter::once(0..n).collect();
+        batch.rows.truncate(1);
+        batch.input_ids.truncate(n);
+        batch.loss_mask = vec![1; n];
+        batch.positions.truncate(n);
+        batch.position_weight = None;
+        batch.hidden_states = batch.hidden_states.rows(0..n).unwrap();
+        let Teacher::LastHidden { hidden, argmax, logsumexp } = &mut batch.teacher else { unreachable!() };
+        *hidden = hidden.rows(0..n).unwrap();
+        // Tokens that the draft can name.
+        *argmax = argmax[..n].iter().map(|_| case.method.vocab.target_ids()[3]).collect();
+        *logsumexp = Tensor::from_f32(Device::Cpu, logsumexp.to_f32()[..n].to_vec(), &[n]).unwrap();
+        batch
+    };
+    let alone = load(&dir);
+    let batch = short(&alone);
+    let want = train(alone, batch, &Ranks::default(), None);
+    for (size, exchange) in [(2, Exchange::Heads), (4, Exchange::Ring), (7, Exchange::Ring)] {
+        let got = threads::run(size, PATIENCE, |group| {
+            let ranks = Ranks { tensor: None, sequence: Some(Sequence { ranks: group.clone(), exchange }) };
+            let case = load_on(&dir, &ranks);
+            let batch = short(&case);
+            train(case, batch, &ranks, None)
+        });
+        got.iter()
+            .enumerate()
+            .for_each(|(r, got)| compare(&format!("short basic, {r} of {size}, {exchange:?}"), got, &want));
+    }
+}
+
+#[test]
+fn parallel_drafts_propose_as_one() {
+    let Some(dir) = golden_case("eagle3-basic") else { return };
+    let propose = |case: &Case| {
+        let mut drafter = case.method.drafter(&case.params).unwrap();
+        let states = case.batch.hidden_states.rows(0..5).unwrap();
+        let first = drafter.commit(&states, &case.batch.input_ids[1..6]).unwrap();
+        let next = drafter.expand(&[(7, None), (9, None)]).unwrap();
+        let last = drafter.expand(&[(11, Some(1))]).unwrap();
+        [vec![first], next, last].concat().concat()
+    };
+    let want = propose(&load(&dir));
+    let got = threads::run(4, PATIENCE, |group| {
+        propose(&load_on(&dir, &Ranks { tensor: Some(group), sequence: None }))
+    });
+    got.iter().for_each(|got| assert_close_max("logits", got, &want, 1e-5));
+}
+
+/// What cannot be shared is refused with the setting that is at fault.
+#[test]
+fn parallel_drafts_that_do_not_come_out_even_are_refused() {
+    let Some(dir) = golden_case("eagle3-lk-alpha") else { return };
+    let config = case_json(dir.join("config.json"));
+    let dims = Dims::from_json(&config).unwrap();
+    let refuse = |size: usize, of: &(dyn Fn(Arc<dyn Group>) -> (Ranks, Config) + Sync)| {
+        let told = threads::run(size, PATIENCE, |group| {
+            let (ranks, config) = of(group);
+            shares::check(&config, &dims, &ranks).unwrap_err().to_string()
+        });
+        told[0].clone()
+    };
+    let tensor = |group| (Ranks { tensor: Some(group), sequence: None }, Config::default());
+    let message = refuse(3, &tensor);
+    assert!(message.contains("num-attention-heads = 4") && message.contains("parallel.tensor"), "{message}");
+    let sequence = |exchange, objective| {
+        move |ranks| {
+            let sequence = Some(Sequence { ranks, exchange });
+            (Ranks { tensor: None, sequence }, Config { objective, ..Config::default() })
+        }
+    };
+    let message = refuse(4, &sequence(Exchange::Heads, ObjectiveName::Kl));
+    assert!(message.contains("num-key-value-heads = 2") && message.contains("ring"), "{message}");
+    let message = refuse(2, &sequence(Exchange::Ring, ObjectiveName::LkAlpha));
+    assert!(message.contains("objective") && message.contains("\"kl\""), "{message}");
+}

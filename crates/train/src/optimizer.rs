@@ -1,0 +1,249 @@
+//! The optimizer of one rank: of whole parameters, or of its part of each.
+//!
+//! With several ranks every trained parameter takes every step, with zeros where a rank has nothing to add; collectives
+//! are in the order of the parameters, so that all ranks ask for the same.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use specforge_methods::{Exchange, Sequence};
+use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
+use specforge_parallel::{Level, Mesh, Shards, sum};
+use specforge_tensor::{Across, DType, Grads, Later, ParamId, Params, Tensor};
+
+use crate::Result;
+use crate::checkpoint::Saved;
+
+/// The ranks that train together.
+#[derive(Debug, Clone)]
+pub struct Ranks {
+    /// Who is where.
+    pub mesh: Mesh,
+    /// What is spread over them.
+    pub level: Level,
+    /// What gradients are sent as.
+    pub reduce: DType,
+    /// How long a rank waits for the others.
+    pub patience: Duration,
+}
+
+impl Ranks {
+    /// Those that share a batch: how attention reaches their rows is for the method to know.
+    fn of_batch(&self) -> specforge_methods::Ranks {
+        let (ranks, exchange) = (self.mesh.sequence.clone(), Exchange::Ring);
+        specforge_methods::Ranks { tensor: None, sequence: Some(Sequence { ranks, exchange }) }
+    }
+}
+
+/// AdamW, alone or with other ranks.
+#[derive(Debug)]
+pub struct Optimizer {
+    adamw: AdamW,
+    ranks: Option<Ranks>,
+    parts: Option<Parts>,
+}
+
+/// This rank's part of every trained parameter.
+#[derive(Debug)]
+struct Parts {
+    shards: Shards,
+    params: Params,
+    /// The whole parameter, its part and its shape.
+    whole: Vec<(ParamId, ParamId, Vec<usize>)>,
+    /// Sums over micro-batches and ranks so far in this step.
+    grads: Grads,
+}
+
+impl Optimizer {
+    /// At its start for the parameters as they are; `ranks` where there are several.
+    pub fn new(config: AdamWConfig, params: &Params, ranks: Option<Ranks>) -> Result<Self> {
+        let parts = match &ranks {
+            Some(ranks) if ranks.level != Level::None => Some(Parts::cut(ranks, params)?),
+            _ => None,
+        };
+        let adamw = AdamW::new(config, parts.as_ref().map_or(params, |parts| &parts.params))?;
+        Ok(Self { adamw, ranks, parts })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &AdamWConfig {
+        self.adamw.config()
+    }
+
+    /// Steps taken.
+    pub fn steps(&self) -> u64 {
+        self.adamw.steps()
+    }
+
+    /// The ranks it works with.
+    pub fn ranks(&self) -> Option<&Ranks> {
+        self.ranks.as_ref()
+    }
+
+    /// Makes sure that every parameter is there whole. All ranks call this.
+    pub fn gather(&self, params: &mut Params) -> Result<()> {
+        let Some(parts) = &self.parts else { return Ok(()) };
+        if parts.whole.iter().all(|(id, _, shape)| params.get(*id).value.shape() == shape) {
+            return Ok(());
+        }
+        let values = parts
+            .whole
+            .iter()
+            .map(|(id, part, shape)| Ok((*id, parts.shards.gather(&parts.params.get(*part).value, shape)?)));
+        Ok(params.fill(values.collect::<Result<_>>()?)?)
+    }
+
+    /// Whether gradients are sent after every micro-batch.
+    pub(crate) fn sends_every_micro_batch(&self) -> bool {
+        self.ranks.as_ref().is_some_and(|ranks| matches!(ranks.level, Level::Gradients | Level::Full))
+    }
+
+    /// Adds a micro-batch's gradients to this rank's part of the sum over all ranks. All ranks call this.
+    pub(crate) fn send(&mut self, params: &Params, grads: &mut Grads) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.of_batch().add_up(params, grads))?;
+        self.parts.as_mut().map_or(Ok(()), |parts| parts.add(grads))
+    }
+
+    /// One step with what was sent and `grads`. All ranks call this.
+    pub(crate) fn step(
+        &mut self,
+        params: &mut Params,
+        mut grads: Grads,
+        (weight, lr): (f64, f64),
+    ) -> Result<Later<StepReport>> {
+        let Some(ranks) = &self.ranks else { return Ok(self.adamw.step(params, &grads, weight, lr)?) };
+        let data = Some(ranks.mesh.data.as_ref());
+        let is_sent = matches!(ranks.level, Level::Gradients | Level::Full);
+        if !is_sent {
+            ranks.of_batch().add_up(params, &mut grads)?;
+        }
+        let Some(parts) = &mut self.parts else {
+            sum_all(ranks, params, &mut grads)?;
+            let across = Across { squares: None, weight: data };
+            return Ok(self.adamw.step_across(params, &grads, (weight, lr), &across)?);
+        };
+        if !is_sent {
+            parts.add(&mut grads)?;
+        }
+        let across = Across { squares: Some(parts.shards.group()), weight: data };
+        let sums = std::mem::take(&mut parts.grads);
+        let report = self.adamw.step_across(&mut parts.params, &sums, (weight, lr), &across)?;
+        parts.hand_back(params, ranks.level)?;
+        Ok(report)
+    }
+
+    /// What a checkpoint keeps of this rank: tensors, and of how many files theirs is which. Nothing for a rank that
+    /// holds what another one saves.
+    pub(crate) fn state(&self, params: &Params) -> Result<Option<OptimizerState>> {
+        let Some(ranks) = &self.ranks else { return self.whole_state(params) };
+        let Some(parts) = &self.parts else {
+            return if ranks.mesh.is_first() { self.whole_state(params) } else { Ok(None) };
+        };
+        let place = ranks.mesh.place;
+        if place.replica + place.sequence + place.tensor > 0 {
+            return Ok(None);
+        }
+        let named = self.adamw.state(&parts.params)?;
+        let tensors = named.into_iter().map(|(name, tensor)| parts.trimmed(name, tensor));
+        let (file, files) = (place.shard, ranks.mesh.shape.shards);
+        Ok(Some(OptimizerState { tensors: tensors.collect::<Result<_>>()?, file, files }))
+    }
+
+    fn whole_state(&self, params: &Params) -> Result<Option<OptimizerState>> {
+        Ok(Some(OptimizerState { tensors: self.adamw.state(params)?, file: 0, files: 1 }))
+    }
+
+    /// Goes on from a saved state, whatever number of ranks wrote it; `params` have the saved weights already.
+    pub(crate) fn restore(&mut self, params: &mut Params, steps: u64, saved: &Saved) -> Result<()> {
+        let config = self.adamw.config().clone();
+        let Some(ranks) = self.ranks.as_ref().filter(|_| self.parts.is_some()) else {
+            let shapes: BTreeMap<String, Vec<usize>> =
+                params.iter().map(|(_, p)| (p.name.clone(), p.value.shape().to_vec())).collect();
+            let shape = |name: &str| name.split_once('.').and_then(|(_, param)| shapes.get(param));
+            let find = |name: &str| saved.whole(name, shape(name).map(Vec::as_slice));
+            self.adamw = AdamW::restore(config, params, steps, find)?;
+            return Ok(());
+        };
+        let mut parts = Parts::cut(ranks, params)?;
+        let shards = parts.shards.clone();
+        let find = |name: &str| saved.part(name, &shards);
+        self.adamw = AdamW::restore(config, &mut parts.params, steps, find)?;
+        parts.hand_back(params, Level::Gradients)?;
+        self.parts = Some(parts);
+        Ok(())
+    }
+}
+
+/// What one rank saves of the optimizer.
+#[derive(Debug)]
+pub(crate) struct OptimizerState {
+    pub tensors: Vec<(String, Tensor)>,
+    pub file: usize,
+    pub files: usize,
+}
+
+impl Parts {
+    fn cut(ranks: &Ranks, params: &Params) -> Result<Self> {
+        let shards = Shards::new(&ranks.mesh, ranks.reduce);
+        let (mut cut, mut whole) = (Params::new(), Vec::new());
+        for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
+            let part = cut.add(param.name.clone(), shards.cut(&param.value)?, true);
+            whole.push((id, part, param.value.shape().to_vec()));
+        }
+        Ok(Self { shards, params: cut, whole, grads: Grads::new() })
+    }
+
+    fn add(&mut self, grads: &mut Grads) -> Result<()> {
+        for (id, part, shape) in &self.whole {
+            let device = self.params.get(*part).value.device();
+            let grad = grads.take(*id).map_or_else(|| Tensor::zeros(device, shape), Ok)?;
+            let own = self.shards.reduce(&grad)?;
+            let sum = match self.grads.take(*part) {
+                Some(mut sum) => {
+                    device.kernels().add_assign(&mut sum, &own)?;
+                    sum
+                }
+                None => own,
+            };
+            self.grads.set(*part, sum);
+        }
+        Ok(())
+    }
+
+    /// Whole parameters from everyone's parts; or, where they are spread too, nothing until they are needed.
+    fn hand_back(&self, params: &mut Params, level: Level) -> Result<()> {
+        if level == Level::Full {
+            let ids: Vec<ParamId> = self.whole.iter().map(|(id, ..)| *id).collect();
+            return Ok(params.release(&ids)?);
+        }
+        for (id, part, shape) in &self.whole {
+            let whole = self.shards.gather(&self.params.get(*part).value, shape)?;
+            params.get_mut(*id).value.assign(&whole)?;
+        }
+        Ok(())
+    }
+
+    /// Without the zeros at the end.
+    fn trimmed(&self, name: String, tensor: Tensor) -> Result<(String, Tensor)> {
+        let of = self.whole.iter().find(|(_, part, _)| {
+            let param = &self.params.get(*part).name;
+            name.split_once('.').is_some_and(|(_, rest)| rest == param)
+        });
+        let Some((_, _, shape)) = of.filter(|_| !name.starts_with("step.")) else {
+            return Ok((name, tensor));
+        };
+        let n = self.shards.range(shape.iter().product()).len();
+        let own = tensor.reshape(&[tensor.len(), 1])?.rows(0..n)?.reshape(&[n])?;
+        Ok((name, own))
+    }
+}
+
+/// Sums every gradient over all ranks that train on other rows.
+fn sum_all(ranks: &Ranks, params: &Params, grads: &mut Grads) -> Result<()> {
+    for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
+        let device = param.value.device();
+        let own = grads.take(id).map_or_else(|| Tensor::zeros(device, param.value.shape()), Ok)?;
+        grads.set(id, sum(ranks.mesh.data.as_ref(), &own, ranks.reduce)?);
+    }
+    Ok(())
+}
