@@ -30,9 +30,9 @@ use work::Counts;
 /// OpenAI interface (SGLang, vLLM: --server, several times for several) or, without one, from the recipe's target in
 /// this process. Stopped or killed, the same command with --resume goes on, conversation by conversation.
 ///
-/// OUTPUT gets the conversations in the order of the input; what could not be used goes to OUTPUT.skipped.jsonl and
-/// what failed to OUTPUT.errors.jsonl, each with the reason: the three add up to the input. --resume tries failures
-/// again. OPENAI_API_KEY is sent to the servers.
+/// With --output out.jsonl, out.jsonl gets the conversations in the order of the input, out.skipped.jsonl what could
+/// not be used and out.errors.jsonl what failed, each with the reason: the three add up to the input. --resume tries
+/// failures again. OPENAI_API_KEY is sent to the servers.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The recipe, for its target and its conversations; with --server and --input it is not needed.
