@@ -67,7 +67,7 @@ impl State {
 
 fn path(dir: &Path, ranks: usize, is_sharded: bool) -> Trace {
     let rates = Tensors::read(dir.join("optimizer.safetensors")).f32("opt.lr").1;
-    let paths = threads::run(ranks, Duration::from_secs(60), |world| {
+    let paths = threads::run(ranks, Duration::from_mins(1), |world| {
         let mut case = load(dir);
         let mesh = Mesh::new(world, MeshShape::data(ranks), Device::Cpu).expect("a mesh");
         let mut state = State::new(&case, &mesh, is_sharded);
