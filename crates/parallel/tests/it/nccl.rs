@@ -54,3 +54,27 @@ fn parallel_nccl_with_one_rank_keeps_every_bit() {
         );
     }
 }
+
+/// Every GPU of this machine a rank, each on a thread of its own.
+#[test]
+fn parallel_nccl_on_every_gpu_does_every_collective() {
+    let gpus = device().map_or(0, |_| specforge_cuda::Gpu::count().unwrap());
+    if gpus < 2 {
+        return;
+    }
+    let id = nccl::unique_id().unwrap();
+    std::thread::scope(|scope| {
+        for rank in 0..gpus {
+            scope.spawn(move || {
+                let device = Device::cuda(rank).unwrap();
+                let world = nccl::join(device, &id, (rank, gpus), (Duration::from_mins(1), die)).unwrap();
+                crate::collectives::check(world.as_ref(), device);
+                let x = Tensor::random(device, &[5003], 1.0, 7).unwrap();
+                let mesh = Mesh::new(world, MeshShape::data(gpus), device).unwrap();
+                let shards = Shards::new(&mesh, DType::F32);
+                let part = shards.cut(&x).unwrap();
+                assert_eq!(shards.gather(&part, &[5003]).unwrap().to_f32(), x.to_f32());
+            });
+        }
+    });
+}
