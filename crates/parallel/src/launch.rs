@@ -59,7 +59,7 @@ pub enum Error {
 pub type Variables = BTreeMap<String, String>;
 
 /// Every variable that [`placement`] looks at.
-pub const VARIABLES: [&str; 22] = [
+pub const VARIABLES: [&str; 20] = [
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -76,10 +76,8 @@ pub const VARIABLES: [&str; 22] = [
     "MPI_LOCALRANKID",
     "SLURM_STEP_ID",
     "SLURM_PROCID",
-    "SLURM_NTASKS",
     "SLURM_STEP_NUM_TASKS",
     "SLURM_LOCALID",
-    "SLURM_LAUNCH_NODE_IPADDR",
     "SLURM_JOB_ID",
     "SLURM_STEP_NODELIST",
 ];

@@ -49,7 +49,7 @@ fn parallel_nccl_with_one_rank_keeps_every_bit() {
         let grad = x.cast(DType::F32).unwrap();
         assert_eq!(shards.reduce(&grad).unwrap().to_f32(), grad.to_f32());
         assert_eq!(
-            specforge_parallel::sum(mesh.data.as_ref(), &grad, DType::F32).unwrap().to_f32(),
+            specforge_parallel::sum(mesh.data.as_ref(), grad.copied().unwrap(), DType::F32).unwrap().to_f32(),
             grad.to_f32()
         );
     }
