@@ -119,6 +119,11 @@ pub(crate) fn end_with_parent() {
 pub(crate) fn die(why: &str) {
     quiet(false);
     note!("error: {why}");
+    // A device that waits for another rank can hold up an orderly end.
+    std::thread::spawn(|| {
+        std::thread::sleep(GRACE);
+        std::process::abort();
+    });
     #[expect(clippy::exit, reason = "the thread that waits cannot be reached")]
     std::process::exit(1);
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use specforge_config::{DeviceChoice, Fsdp, ParallelPlan, ReduceDType, RunPlan};
 use specforge_cuda::Gpu;
 use specforge_parallel::launch::{Placement, placement};
+use specforge_parallel::rendezvous::Meeting;
 use specforge_parallel::{Alarm, Level, Mesh, MeshShape, nccl, rendezvous, tell, threads};
 use specforge_tensor::{Combine, DType, Device, Group, Tensor};
 use specforge_train::Ranks;
@@ -210,6 +211,21 @@ fn as_process(
     by_mpi(plan, placement, command)
 }
 
+/// Where the ranks find each other: the recipe's folder, or what the launcher says.
+fn meeting(plan: &ParallelPlan, placement: &Placement) -> Result<Meeting> {
+    match (&plan.rendezvous, &placement.meeting) {
+        (Some(folder), _) => Ok(Meeting::Folder(folder.clone())),
+        (None, Some((host, port))) => Ok(Meeting::At(host.clone(), *port)),
+        (None, None) => bail!(
+            "rank {} of {}, started by {:?}: MASTER_ADDR, the machine of rank 0, is not set: set it, or name a folder \
+             that all ranks see as parallel.rendezvous",
+            placement.rank,
+            placement.size,
+            placement.by
+        ),
+    }
+}
+
 /// Every rank with a GPU: they meet by TCP, and talk through NCCL.
 fn by_nccl(
     plan: RunPlan,
@@ -217,15 +233,10 @@ fn by_nccl(
     command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
     let place @ (number, size) = (placement.rank, placement.size);
-    let Some((host, port)) = &placement.meeting else {
-        bail!(
-            "rank {number} of {size}, started by {:?}: MASTER_ADDR is not set: the name of the machine of rank 0",
-            placement.by
-        );
-    };
+    let meeting = meeting(&plan.parallel, placement)?;
     let wait: (Duration, Alarm) = (patience(&plan.parallel), launch::die);
     let id = || nccl::unique_id().map(Vec::from).map_err(|e| e.to_string());
-    let (id, link) = rendezvous::meet((host, *port), place, wait, id)?;
+    let (id, link) = rendezvous::meet(&meeting, place, wait, id)?;
     let join = || -> Result<Ending> {
         let id: [u8; 128] = id.try_into().map_err(|_| anyhow!("what rank 0 sent is not an id of NCCL's"))?;
         let device = setup::device(&plan)?;

@@ -59,7 +59,7 @@ pub enum Error {
 pub type Variables = BTreeMap<String, String>;
 
 /// Every variable that [`placement`] looks at.
-pub const VARIABLES: [&str; 22] = [
+pub const VARIABLES: [&str; 20] = [
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -76,10 +76,8 @@ pub const VARIABLES: [&str; 22] = [
     "MPI_LOCALRANKID",
     "SLURM_STEP_ID",
     "SLURM_PROCID",
-    "SLURM_NTASKS",
     "SLURM_STEP_NUM_TASKS",
     "SLURM_LOCALID",
-    "SLURM_LAUNCH_NODE_IPADDR",
     "SLURM_JOB_ID",
     "SLURM_STEP_NODELIST",
 ];
@@ -209,8 +207,8 @@ mod tests {
         (p.rank, p.size, p.local_rank, p.meeting, p.by)
     }
 
-    fn at(host: &str, port: u16) -> Option<(String, u16)> {
-        Some((host.to_owned(), port))
+    fn at(host: &str, port: u16) -> (String, u16) {
+        (host.to_owned(), port)
     }
 
     #[test]
@@ -220,19 +218,19 @@ mod tests {
         // The batch script itself is no rank.
         assert_eq!(of("SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_LOCALID=0"), Ok(None));
         let torchrun = "RANK=3 WORLD_SIZE=8 LOCAL_RANK=1 MASTER_ADDR=n1 MASTER_PORT=29500";
-        assert_eq!(placed(torchrun), (3, 8, 1, at("n1", 29500), Launcher::Torchrun));
+        assert_eq!(placed(torchrun), (3, 8, 1, Some(at("n1", 29500)), Launcher::Torchrun));
         let agent = format!("{torchrun} TORCHELASTIC_USE_AGENT_STORE=True");
-        assert_eq!(placed(&agent).3, at("n1", 29501));
+        assert_eq!(placed(&agent).3, Some(at("n1", 29501)));
         let mpi = "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1";
         assert_eq!(placed(mpi), (1, 2, 1, None, Launcher::Mpi));
-        assert_eq!(placed(&format!("{mpi} MASTER_ADDR=x")).3, at("x", PORT));
+        assert_eq!(placed(&format!("{mpi} MASTER_ADDR=x")).3, Some(at("x", PORT)));
         let slurm =
             "SLURM_STEP_ID=0 SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=16 SLURM_LOCALID=5 SLURM_JOB_ID=77012";
         let nodes = format!("{slurm} SLURM_STEP_NODELIST=gpu[07-09,12],other");
-        assert_eq!(placed(&nodes), (5, 16, 5, at("gpu07", PORT + 12), Launcher::Slurm));
-        assert_eq!(placed(&format!("{slurm} SLURM_STEP_NODELIST=n4,n5")).3, at("n4", PORT + 12));
+        assert_eq!(placed(&nodes), (5, 16, 5, Some(at("gpu07", PORT + 12)), Launcher::Slurm));
+        assert_eq!(placed(&format!("{slurm} SLURM_STEP_NODELIST=n4,n5")).3, Some(at("n4", PORT + 12)));
         let pod = "KUBERNETES_SERVICE_HOST=10.0.0.1 WORLD_SIZE=4 MASTER_ADDR=m";
-        assert_eq!(placed(&format!("{pod} RANK=2")), (2, 4, 0, at("m", PORT), Launcher::Kubernetes));
+        assert_eq!(placed(&format!("{pod} RANK=2")), (2, 4, 0, Some(at("m", PORT)), Launcher::Kubernetes));
         assert_eq!(placed(&format!("{pod} JOB_COMPLETION_INDEX=1")).0, 1);
         // torchrun inside of a pod or a SLURM step counts.
         assert_eq!(placed(&format!("KUBERNETES_SERVICE_HOST=x {slurm} {torchrun}")).4, Launcher::Torchrun);

@@ -94,8 +94,9 @@ fn padded(column: &Tensor, n: usize) -> Result<Tensor> {
 }
 
 /// The sum of all ranks' gradients, float32, sent as `reduce`.
-pub fn sum(group: &dyn Group, grad: &Tensor, reduce: DType) -> Result<Tensor> {
-    let mut sum = grad.cast(reduce)?;
+pub fn sum(group: &dyn Group, grad: Tensor, reduce: DType) -> Result<Tensor> {
+    // In place, where it is sent as it is.
+    let mut sum = if reduce == DType::F32 { grad } else { grad.cast(reduce)? };
     group.all_reduce(&mut sum, Combine::Sum)?;
     sum.cast(DType::F32)
 }

@@ -243,7 +243,7 @@ fn sum_all(ranks: &Ranks, params: &Params, grads: &mut Grads) -> Result<()> {
     for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
         let device = param.value.device();
         let own = grads.take(id).map_or_else(|| Tensor::zeros(device, param.value.shape()), Ok)?;
-        grads.set(id, sum(ranks.mesh.data.as_ref(), &own, ranks.reduce)?);
+        grads.set(id, sum(ranks.mesh.data.as_ref(), own, ranks.reduce)?);
     }
     Ok(())
 }

@@ -38,7 +38,6 @@ impl Running {
 
     /// Kills one of the processes that this one has started (SIGKILL) and waits for the end of all; `None` where they
     /// had ended.
-    #[cfg(feature = "mpi")]
     pub(crate) fn kill_child(mut self, which: usize) -> Option<Ran> {
         let pid = self.0.id();
         let children = fs_err::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();

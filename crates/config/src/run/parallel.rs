@@ -26,7 +26,8 @@ pub struct ParallelConfig {
     pub tensor: usize,
     /// Seconds that a rank waits for the others before it gives up; at least 1.
     pub timeout: u64,
-    /// Folder that all ranks see, in which they find each other; absent: by TCP, at `MASTER_ADDR` and `MASTER_PORT`.
+    /// Folder of this run that all ranks see, in which rank 0 writes where it can be reached; absent: at `MASTER_ADDR`
+    /// and `MASTER_PORT`. For GPUs; MPI needs neither.
     pub rendezvous: Option<PathBuf>,
     /// Ranks are threads of one process that share its device: for tests and for trying a mesh.
     pub ranks_in_process: bool,

@@ -31,7 +31,7 @@ fn die(why: &str) {
 #[test]
 fn parallel_processes_do_every_collective() {
     if is_rank() {
-        let world = mpi::start(Duration::from_secs(60), die).unwrap();
+        let world = mpi::start(Duration::from_mins(1), die).unwrap();
         crate::collectives::check(world.as_ref(), Device::Cpu);
         mpi::finish();
         return;
@@ -48,7 +48,7 @@ fn parallel_a_process_that_hangs_is_noticed() {
     if is_rank() {
         let world = mpi::start(Duration::from_millis(300), die).unwrap();
         if world.rank() == 0 {
-            std::thread::sleep(Duration::from_secs(60));
+            std::thread::sleep(Duration::from_mins(1));
         }
         let mut x = Tensor::from_f32(Device::Cpu, vec![1.0], &[1]).unwrap();
         world.broadcast(&mut x, 0).unwrap();

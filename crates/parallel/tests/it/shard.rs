@@ -47,7 +47,7 @@ fn parallel_gradients_are_summed_over_shards_and_replicas() {
             let expected: Vec<f32> =
                 if shards.group().rank() == 0 { vec![0.0, 10.0, 20.0] } else { vec![30.0, 40.0, 0.0] };
             assert_eq!((part.to_f32(), part.dtype()), (expected, DType::F32));
-            let whole = sum(mesh.data.as_ref(), &numbers(5, &[5], factor), reduce).unwrap();
+            let whole = sum(mesh.data.as_ref(), numbers(5, &[5], factor), reduce).unwrap();
             assert_eq!((whole.to_f32(), whole.dtype()), (vec![0.0, 10.0, 20.0, 30.0, 40.0], DType::F32));
         });
     }

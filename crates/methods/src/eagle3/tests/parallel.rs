@@ -46,7 +46,7 @@ impl State {
             let grad = grads.get(id).cloned().unwrap_or_else(zeros);
             let summed = match &self.parts {
                 Some((shards, _)) => shards.reduce(&grad),
-                None => sum(data, &grad, DType::F32),
+                None => sum(data, grad, DType::F32),
             };
             sums.set(id, summed.expect("a sum"));
         }
