@@ -17,6 +17,9 @@ pub(super) const FEW_ROWS: usize = 32;
 /// takes a share of it that shows (545 against 690 TFLOP/s on an H200 for 2048 rows).
 pub(super) const WGRAD_ROWS: usize = 8192;
 
+/// Fewer columns than these go through the same kernel.
+const FEW_COLUMNS: usize = 8;
+
 const BF16: u64 = 2;
 const F32: u64 = 4;
 
@@ -79,7 +82,8 @@ pub(super) fn linear(
 /// A product of few rows, or one that the library does not take, by our own kernel.
 pub(super) fn product(x: &Tensor, gemm: &Gemm) -> Result<()> {
     let gpu = gpu_of(x);
-    if gemm.m > FEW_ROWS && gpu.try_gemm(gemm)? {
+    // The library has algorithms for columns of a few elements, but does not run all of them.
+    if gemm.m > FEW_ROWS && gemm.n >= FEW_COLUMNS && gpu.try_gemm(gemm)? {
         return Ok(());
     }
     let kernel = if gemm.output == GemmType::F32 { "skinny_linear_f" } else { "skinny_linear_b" };
