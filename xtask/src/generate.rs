@@ -19,7 +19,8 @@ pub(crate) fn check(root: &Path) -> Result<(), String> {
 }
 
 fn page(root: &Path) -> Result<String, String> {
-    let arguments = ["run", "--quiet", "--release", "--package", "specforge-config", "--example", "reference"];
+    let arguments =
+        ["run", "--quiet", "--release", "--package", "specforge-config", "--example", "reference"];
     let failed = |why: &str| format!("cargo {}: {why}", arguments.join(" "));
     let output = Command::new("cargo")
         .args(arguments)

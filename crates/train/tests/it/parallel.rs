@@ -306,3 +306,23 @@ fn parallel_nccl_with_one_rank_trains_to_the_same_bits() {
         assert!(weights(&resumed) == weights(&single), "{name}");
     }
 }
+
+/// One rank of threads: the same steps to the bit as no ranks.
+#[test]
+fn parallel_one_rank_trains_to_the_same_bits() {
+    let fixture = Fixture::new();
+    let mut single = fixture.trainer("alone");
+    run(&mut single);
+    for level in LEVELS {
+        let name = format!("one-{level:?}");
+        let got = threads::run(1, PATIENCE, |world| {
+            let mesh = Mesh::new(world, MeshShape::data(1), Device::Cpu).unwrap();
+            let ranks = Ranks { mesh, level, reduce: DType::F32, patience: PATIENCE };
+            let mut trainer = fixture.ranked(&name, ranks);
+            run(&mut trainer);
+            weights(&trainer)
+        });
+        assert_eq!(log(&fixture, &name), log(&fixture, "alone"), "{name}");
+        assert!(got[0] == weights(&single), "{name}");
+    }
+}
