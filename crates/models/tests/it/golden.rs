@@ -54,7 +54,9 @@ fn golden_targets_on_cuda() {
             continue;
         }
         let got = Outputs::of(&target, &rows);
-        let bound = if want.is_mixture { 2e-1 } else { 5e-2 };
+        // The norm on the output of linear attention enlarges what was rounded.
+        let is_linear = !target.info().raw["linear_num_value_heads"].is_null();
+        let bound = if want.is_mixture { 2e-1 } else { 5e-2 * if is_linear { 2.0 } else { 1.0 } };
         let distance = got.expect_near(&name, &want, bound);
         assert_eq!(got.states, Outputs::of(&target, &rows).states, "{name}: the same bits");
         decode_in_portions(&target, &rows[1]);

@@ -292,8 +292,10 @@ impl Stored {
         Ok(lengths.iter().map(storage).collect())
     }
 
-    /// Whether `next` lies right behind it.
+    /// Whether `next` was laid right behind it, in the same piece of memory. Pieces that happen to be neighbours do not
+    /// count: where memory comes from must not decide how a product is computed.
     pub(crate) fn is_before(&self, next: &Self) -> Result<bool> {
-        Ok(self.dtype == next.dtype && self.address()? + self.bytes() as u64 == next.address()?)
+        let is_behind = self.first + self.bytes() == next.first;
+        Ok(self.dtype == next.dtype && is_behind && Arc::ptr_eq(self.memory()?, next.memory()?))
     }
 }

@@ -81,10 +81,13 @@ impl Fixture {
         };
         // An epsilon well above the smallest gradients: rounding must not turn an update around.
         let config = AdamWConfig { lr: 1e-2, eps: 1e-4, ..AdamWConfig::default() };
+        // A copy whose stacks are its own, as those of a draft that was just built are.
+        let mut params = self.params.clone();
+        params.fill(Vec::new()).unwrap();
         Trainer {
             method: self.method.as_ref(),
-            params: self.params.clone(),
-            optimizer: Optimizer::new(config, &self.params, None).unwrap(),
+            optimizer: Optimizer::new(config, &params, None).unwrap(),
+            params,
             order,
             settings,
             state: State::new(json!({ "test": name })),

@@ -277,6 +277,24 @@ fn die(why: &str) {
     std::process::exit(1);
 }
 
+/// On a GPU, twice in one process: the second run's memory is used memory.
+#[test]
+fn cuda_a_run_again_trains_to_the_same_bits() {
+    let Ok(device) = Device::cuda(0) else {
+        println!("skipped: no GPU");
+        return;
+    };
+    let fixture = Fixture::on(device);
+    let all = ["first", "second", "third"].map(|name| {
+        let mut trainer = fixture.trainer(name);
+        run(&mut trainer);
+        weights(&trainer)
+    });
+    assert_eq!(log(&fixture, "second"), log(&fixture, "first"));
+    assert_eq!(log(&fixture, "third"), log(&fixture, "first"));
+    assert!(all[0] == all[1] && all[0] == all[2]);
+}
+
 /// Alone on a GPU, with NCCL and without: the same steps to the bit. Skipped without a GPU.
 #[test]
 fn parallel_nccl_with_one_rank_trains_to_the_same_bits() {
