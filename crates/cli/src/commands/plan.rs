@@ -51,7 +51,7 @@ pub(crate) struct Args {
     /// Memory of a card in GiB, if not what the card has.
     #[arg(long, value_name = "GIB", value_parser = positive)]
     memory: Option<f64>,
-    /// Cards altogether; absent: as the recipe's [parallel] has them.
+    /// Cards altogether; absent: as the recipe's table `parallel` has them.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     gpus: Option<u64>,
     /// Cards that share every matrix; absent: parallel.tensor.
