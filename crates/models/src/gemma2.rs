@@ -12,6 +12,7 @@ use crate::frame::Frame;
 use crate::loader::Loader;
 use crate::mlp::{Gate, Mlp};
 use crate::pass::{Layer, Layers, Pass, qkv};
+use crate::sandwich::Sandwich;
 use crate::{Result, TargetInfo};
 
 /// The settings of `config.json` that only the Gemma families have.
@@ -36,10 +37,7 @@ struct Gemma2Layer {
     input_layernorm: ParamId,
     qkv_proj: Weight,
     o_proj: Weight,
-    post_attention_layernorm: ParamId,
-    pre_feedforward_layernorm: ParamId,
-    mlp: Mlp,
-    post_feedforward_layernorm: ParamId,
+    end: Sandwich,
     window: Option<usize>,
 }
 
@@ -96,6 +94,13 @@ pub(crate) fn layers(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Layer
     loader.layers(windows, |window, loader| Gemma2Layer::new(info, &config, window, loader))
 }
 
+/// What follows attention.
+pub(crate) fn end(info: &TargetInfo, loader: &mut Loader<'_>) -> Result<Sandwich> {
+    let norms = ["post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"];
+    let mlp = Mlp::new(info, false, &mut loader.at("mlp"))?.gated_by(Gate::Gelu);
+    Sandwich::new(norms, info, mlp, loader)
+}
+
 impl Gemma2Layer {
     fn new(
         info: &TargetInfo,
@@ -110,10 +115,7 @@ impl Gemma2Layer {
             input_layernorm: loader.norm("input_layernorm", h)?,
             qkv_proj: loader.stacked(&qkv(q, kv), h, bias)?,
             o_proj: loader.linear("self_attn.o_proj", q, h, bias)?,
-            post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
-            pre_feedforward_layernorm: loader.norm("pre_feedforward_layernorm", h)?,
-            mlp: Mlp::new(info, false, &mut loader.at("mlp"))?.gated_by(Gate::Gelu),
-            post_feedforward_layernorm: loader.norm("post_feedforward_layernorm", h)?,
+            end: end(info, loader)?,
             window,
         })
     }
@@ -127,12 +129,9 @@ impl Layer for Gemma2Layer {
         let qkv = tape.linear(&x, &self.qkv_proj)?;
         // 2. Positions.
         let qkv = pass.rope_packed(&qkv)?;
-        // 3. Attention with capped scores to what the window shows, normed, and the residual sum.
+        // 3. Attention with capped scores to what the window shows.
         let a = tape.linear(&pass.attention_packed(&qkv, self.window)?, &self.o_proj)?;
-        let h = tape.add(h, &tape.rms_norm(&a, self.post_attention_layernorm, pass.eps)?)?;
-        // 4. MLP of the normed state, normed, and the residual sum.
-        let x = tape.rms_norm(&h, self.pre_feedforward_layernorm, pass.eps)?;
-        let m = self.mlp.of(tape, &x)?;
-        Ok(tape.add(&h, &tape.rms_norm(&m, self.post_feedforward_layernorm, pass.eps)?)?)
+        // 4. Both residual sums, the MLP between them.
+        self.end.finish(pass, h, &a)
     }
 }

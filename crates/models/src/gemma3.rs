@@ -11,8 +11,8 @@ use crate::config::{Windows, flattened, parse, with_defaults};
 use crate::frame::Frame;
 use crate::gemma2::{self, Config};
 use crate::loader::Loader;
-use crate::mlp::{Gate, Mlp};
 use crate::pass::{Layer, Layers, Pass};
+use crate::sandwich::Sandwich;
 use crate::{Error, Result, TargetInfo};
 
 #[derive(Debug)]
@@ -24,10 +24,7 @@ struct Gemma3Layer {
     o_proj: Weight,
     q_norm: ParamId,
     k_norm: ParamId,
-    post_attention_layernorm: ParamId,
-    pre_feedforward_layernorm: ParamId,
-    mlp: Mlp,
-    post_feedforward_layernorm: ParamId,
+    end: Sandwich,
     window: Option<usize>,
 }
 
@@ -96,10 +93,7 @@ impl Gemma3Layer {
             o_proj: loader.linear("self_attn.o_proj", q, h, bias)?,
             q_norm: loader.norm("self_attn.q_norm", d)?,
             k_norm: loader.norm("self_attn.k_norm", d)?,
-            post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
-            pre_feedforward_layernorm: loader.norm("pre_feedforward_layernorm", h)?,
-            mlp: Mlp::new(info, false, &mut loader.at("mlp"))?.gated_by(Gate::Gelu),
-            post_feedforward_layernorm: loader.norm("post_feedforward_layernorm", h)?,
+            end: gemma2::end(info, loader)?,
             window,
         })
     }
@@ -117,13 +111,10 @@ impl Layer for Gemma3Layer {
         let turn = |x: &Var| if self.window.is_some() { pass.rope_local(x) } else { pass.rope(x) };
         let q = turn(&tape.rms_norm(&q, self.q_norm, pass.eps)?)?;
         let k = turn(&tape.rms_norm(&k, self.k_norm, pass.eps)?)?;
-        // 3. Attention to what the window shows, normed, and the residual sum.
+        // 3. Attention to what the window shows.
         let a = pass.attention(&Part::new(&q, 0), &KeyValue::new(&k, &v), self.window)?;
         let a = tape.linear(&a, &self.o_proj)?;
-        let h = tape.add(h, &tape.rms_norm(&a, self.post_attention_layernorm, pass.eps)?)?;
-        // 4. MLP of the normed state, normed, and the residual sum.
-        let x = tape.rms_norm(&h, self.pre_feedforward_layernorm, pass.eps)?;
-        let m = self.mlp.of(tape, &x)?;
-        Ok(tape.add(&h, &tape.rms_norm(&m, self.post_feedforward_layernorm, pass.eps)?)?)
+        // 4. Both residual sums, the MLP between them.
+        self.end.finish(pass, h, &a)
     }
 }

@@ -10,6 +10,7 @@ use crate::config::parse;
 use crate::loader::Loader;
 use crate::mlp::Mlp;
 use crate::pass::{Layer, Layers, Pass, qkv};
+use crate::sandwich::Sandwich;
 use crate::{Result, TargetInfo};
 
 /// The settings of `config.json` that only this family has.
@@ -25,10 +26,7 @@ struct Glm4Layer {
     input_layernorm: ParamId,
     qkv_proj: Weight,
     o_proj: Weight,
-    post_self_attn_layernorm: ParamId,
-    post_attention_layernorm: ParamId,
-    mlp: Mlp,
-    post_mlp_layernorm: ParamId,
+    end: Sandwich,
 }
 
 /// All decoder layers.
@@ -45,14 +43,13 @@ impl Glm4Layer {
         let [q_rows, k_rows] = [q, kv].map(|n| half_split(n / d, d, info.rope.half()));
         let orders = [Some(&*q_rows), Some(&*k_rows), None];
         let qkv = [q_proj, k_proj, v_proj];
+        let norms = ["post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"];
+        let mlp = Mlp::fused(info, &mut loader.at("mlp"))?;
         Ok(Self {
             input_layernorm: loader.norm("input_layernorm", h)?,
             qkv_proj: loader.stacked_in_order(&qkv, &orders, h, config.attention_bias)?,
             o_proj: loader.linear("self_attn.o_proj", q, h, false)?,
-            post_self_attn_layernorm: loader.norm("post_self_attn_layernorm", h)?,
-            post_attention_layernorm: loader.norm("post_attention_layernorm", h)?,
-            mlp: Mlp::fused(info, &mut loader.at("mlp"))?,
-            post_mlp_layernorm: loader.norm("post_mlp_layernorm", h)?,
+            end: Sandwich::new(norms, info, mlp, loader)?,
         })
     }
 }
@@ -74,13 +71,10 @@ impl Layer for Glm4Layer {
         let qkv = tape.linear(&x, &self.qkv_proj)?;
         // 2. Positions, on the part of each head that the tables cover.
         let qkv = pass.rope_packed(&qkv)?;
-        // 3. Attention to everything before, normed, and the residual sum.
+        // 3. Attention to everything before.
         let a = tape.linear(&pass.attention_packed(&qkv, None)?, &self.o_proj)?;
-        let h = tape.add(h, &tape.rms_norm(&a, self.post_self_attn_layernorm, pass.eps)?)?;
-        // 4. MLP of the normed state, normed, and the residual sum.
-        let x = tape.rms_norm(&h, self.post_attention_layernorm, pass.eps)?;
-        let m = self.mlp.of(tape, &x)?;
-        Ok(tape.add(&h, &tape.rms_norm(&m, self.post_mlp_layernorm, pass.eps)?)?)
+        // 4. Both residual sums, the MLP between them.
+        self.end.finish(pass, h, &a)
     }
 }
 

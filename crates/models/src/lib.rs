@@ -24,6 +24,7 @@ mod quantization;
 mod reach;
 mod recurrent;
 mod rotary;
+mod sandwich;
 mod target;
 
 mod deepseek;
