@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use specforge_config::{DeviceChoice, Fsdp, ParallelPlan, ReduceDType, RunPlan};
+use specforge_config::{DeviceChoice, Fsdp, ParallelConfig, ReduceDType, RunPlan};
 use specforge_cuda::Gpu;
 use specforge_parallel::launch::{Placement, placement};
 use specforge_parallel::rendezvous::Meeting;
@@ -83,7 +83,7 @@ impl Rank {
     }
 
     /// The mesh of a plan, where there are several ranks.
-    pub(crate) fn mesh(&self, plan: &ParallelPlan) -> Result<Option<Ranks>> {
+    pub(crate) fn mesh(&self, plan: &ParallelConfig) -> Result<Option<Ranks>> {
         let Some(world) = &self.world else { return Ok(None) };
         let mesh = Mesh::new(world.clone(), shape(plan, world.size())?, self.device)?;
         let level = match plan.fsdp {
@@ -101,7 +101,7 @@ impl Rank {
 }
 
 /// The mesh that a plan makes of so many ranks.
-fn shape(plan: &ParallelPlan, ranks: usize) -> Result<MeshShape> {
+fn shape(plan: &ParallelConfig, ranks: usize) -> Result<MeshShape> {
     let (sequence, tensor) = (plan.sequence, plan.tensor);
     let data = plan.data.unwrap_or(ranks / (sequence * tensor));
     if data * sequence * tensor != ranks {
@@ -118,7 +118,7 @@ fn shape(plan: &ParallelPlan, ranks: usize) -> Result<MeshShape> {
     Ok(MeshShape { replicas: data / shards, shards, sequence, tensor })
 }
 
-fn patience(plan: &ParallelPlan) -> Duration {
+fn patience(plan: &ParallelConfig) -> Duration {
     Duration::from_secs(plan.timeout)
 }
 
@@ -212,7 +212,7 @@ fn as_process(
 }
 
 /// Where the ranks find each other: the recipe's folder, or what the launcher says.
-fn meeting(plan: &ParallelPlan, placement: &Placement) -> Result<Meeting> {
+fn meeting(plan: &ParallelConfig, placement: &Placement) -> Result<Meeting> {
     match (&plan.rendezvous, &placement.meeting) {
         (Some(folder), _) => Ok(Meeting::Folder(folder.clone())),
         (None, Some((host, port))) => Ok(Meeting::At(host.clone(), *port)),

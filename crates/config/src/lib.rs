@@ -19,9 +19,7 @@ mod run;
 mod text;
 
 pub use error::{Error, Place, Problem, Result};
-pub use plan::{
-    DataPlan, EvalPlan, ExportPlan, Length, ParallelPlan, RunPlan, StorePlan, TargetPlan, TrainPlan,
-};
+pub use plan::{DataPlan, EvalPlan, ExportPlan, Length, RunPlan, StorePlan, TargetPlan, TrainPlan};
 pub use provenance::{Origin, Provenance};
 pub use recipe::{Recipe, Setting};
 pub use run::{

@@ -10,9 +10,7 @@ use specforge_nn::schedule::ScheduleConfig;
 use specforge_store::Encoding;
 
 use crate::error::{Error, Result};
-use crate::run::{
-    CaptureConfig, DeviceChoice, Exchange, Fsdp, Mode, OnOom, ParallelConfig, ReduceDType, TargetDType,
-};
+use crate::run::{CaptureConfig, DeviceChoice, Mode, OnOom, ParallelConfig, TargetDType};
 
 /// Everything that a run needs to know. It is saved as JSON beside every checkpoint; keys are those of the recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,9 +40,10 @@ pub struct RunPlan {
     pub method: MethodConfig,
     /// The training.
     pub train: TrainPlan,
-    /// Many ranks.
+    /// Many ranks, as written: how many there are is known once they were started. Plans from before there were several
+    /// have a single one.
     #[serde(default)]
-    pub parallel: ParallelPlan,
+    pub parallel: ParallelConfig,
     /// The measurement of the acceptance length.
     pub eval: EvalPlan,
     /// The exported folder.
@@ -140,51 +139,6 @@ pub struct TrainPlan {
     pub optimizer: AdamWConfig,
     /// The learning rate over the steps.
     pub schedule: ScheduleConfig,
-}
-
-/// Many ranks, as written: how many there are is known once they were started.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct ParallelPlan {
-    /// Ranks that rows are dealt to; `None`: all that were started.
-    pub data: Option<usize>,
-    /// What is spread over the ranks.
-    pub fsdp: Fsdp,
-    /// Ranks over which one copy is spread; `None`: all of `data`.
-    pub shards: Option<usize>,
-    /// What gradients are sent as.
-    pub reduce: ReduceDType,
-    /// Ranks that share the tokens of a batch.
-    pub sequence: usize,
-    /// How attention reaches the tokens of other ranks.
-    pub exchange: Exchange,
-    /// Ranks that share the matrices of a layer.
-    pub tensor: usize,
-    /// Seconds that a rank waits for the others.
-    pub timeout: u64,
-    /// Folder in which the ranks find each other; `None`: by TCP.
-    pub rendezvous: Option<PathBuf>,
-    /// Ranks are threads.
-    pub ranks_in_process: bool,
-}
-
-impl Default for ParallelPlan {
-    /// A single rank, as in plans from before there were several.
-    fn default() -> Self {
-        let ParallelConfig {
-            data,
-            fsdp,
-            shards,
-            reduce,
-            sequence,
-            exchange,
-            tensor,
-            timeout,
-            rendezvous,
-            ranks_in_process,
-        } = ParallelConfig::default();
-        Self { data, fsdp, shards, reduce, sequence, exchange, tensor, timeout, rendezvous, ranks_in_process }
-    }
 }
 
 /// How long a run trains.

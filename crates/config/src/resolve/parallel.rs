@@ -1,22 +1,10 @@
 //! The `[parallel]` table.
 
 use super::Check;
-use crate::plan::ParallelPlan;
 use crate::run::ParallelConfig;
 
-pub(super) fn plan(parallel: ParallelConfig, check: &mut Check<'_>) -> ParallelPlan {
-    let ParallelConfig {
-        data,
-        fsdp,
-        shards,
-        reduce,
-        sequence,
-        exchange,
-        tensor,
-        timeout,
-        rendezvous,
-        ranks_in_process,
-    } = parallel;
+pub(super) fn plan(parallel: ParallelConfig, check: &mut Check<'_>) -> ParallelConfig {
+    let ParallelConfig { data, shards, sequence, tensor, timeout, ranks_in_process, .. } = parallel;
     check.at_least("parallel.data", data.unwrap_or(1), 1);
     check.at_most("parallel.data", data.unwrap_or(1), 1 << 16);
     check.at_least("parallel.timeout", timeout, 1);
@@ -32,19 +20,7 @@ pub(super) fn plan(parallel: ParallelConfig, check: &mut Check<'_>) -> ParallelP
     if ranks_in_process && data.is_none() {
         check.missing("parallel.data", "`ranks-in-process` starts that many threads", "[parallel] data = 2");
     }
-    let rendezvous = rendezvous.map(|path| check.path(path));
-    ParallelPlan {
-        data,
-        fsdp,
-        shards,
-        reduce,
-        sequence,
-        exchange,
-        tensor,
-        timeout,
-        rendezvous,
-        ranks_in_process,
-    }
+    ParallelConfig { rendezvous: parallel.rendezvous.map(|path| check.path(path)), ..parallel }
 }
 
 fn shard_count(shards: Option<usize>, data: Option<usize>, check: &mut Check<'_>) {
