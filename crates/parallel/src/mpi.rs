@@ -134,6 +134,20 @@ impl Process {
         });
     }
 
+    /// A call that writes over the bytes of a tensor.
+    fn overwrite(
+        &self,
+        op: &'static str,
+        x: &mut Tensor,
+        f: impl FnOnce(&SimpleCommunicator, &mut [u8]),
+    ) -> Result<()> {
+        let mut host = self.host(op, x)?;
+        let bytes = host.host_bytes_mut().unwrap_or_default();
+        self.call(op, |c| f(c, bytes));
+        *x = host.to_device(x.device())?;
+        Ok(())
+    }
+
     /// A call that moves bytes from a tensor into another one of this shape.
     fn moved(
         &self,
@@ -182,12 +196,8 @@ impl Group for Process {
     }
 
     fn broadcast(&self, x: &mut Tensor, root: usize) -> Result<()> {
-        let (op, root) = ("broadcast", self.check("broadcast", root)?);
-        let mut host = self.host(op, x)?;
-        let bytes = host.host_bytes_mut().unwrap_or_default();
-        self.call(op, |c| c.process_at_rank(root).broadcast_into(bytes));
-        *x = host.to_device(x.device())?;
-        Ok(())
+        let root = self.check("broadcast", root)?;
+        self.overwrite("broadcast", x, |c, bytes| c.process_at_rank(root).broadcast_into(bytes))
     }
 
     fn send(&self, x: &Tensor, to: usize) -> Result<()> {
@@ -199,12 +209,10 @@ impl Group for Process {
     }
 
     fn receive(&self, x: &mut Tensor, from: usize) -> Result<()> {
-        let (op, from) = ("receive", self.check("receive", from)?);
-        let mut host = self.host(op, x)?;
-        let bytes = host.host_bytes_mut().unwrap_or_default();
-        self.call(op, |c| c.process_at_rank(from).receive_into(bytes));
-        *x = host.to_device(x.device())?;
-        Ok(())
+        let from = self.check("receive", from)?;
+        self.overwrite("receive", x, |c, bytes| {
+            c.process_at_rank(from).receive_into(bytes);
+        })
     }
 
     fn exchange(&self, x: &Tensor, to: usize, from: usize) -> Result<Tensor> {

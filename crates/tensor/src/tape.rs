@@ -246,11 +246,19 @@ impl<'p> Tape<'p> {
         Var { value, node: Some(nodes.len() - 1) }
     }
 
-    /// Notes that a value is the output of a product whose weights are trained.
-    pub(crate) fn note_product(&self, output: &Var, product: impl FnOnce() -> Product) {
-        if let Some(node) = output.node {
-            self.products.borrow_mut().add(node, product(), output.rows_cols().0);
+    /// As [`Tape::record`], of the output of a product; `trained`: one whose weights are trained.
+    pub(crate) fn record_product(
+        &self,
+        value: Tensor,
+        needed: bool,
+        trained: Option<Product>,
+        backward: impl FnOnce() -> Box<dyn Backward + 'p>,
+    ) -> Var {
+        let output = self.record(value, needed, backward);
+        if let (Some(node), Some(product)) = (output.node, trained) {
+            self.products.borrow_mut().add(node, product, output.rows_cols().0);
         }
+        output
     }
 
     /// Whether a gradient is wanted for any of these values.

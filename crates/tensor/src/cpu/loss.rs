@@ -191,6 +191,19 @@ impl<'a> Source<'a> {
             TeacherRows::Logits(logits) => Self::Logits(logits),
         }
     }
+
+    /// Logits over the draft vocabulary of some teacher rows.
+    fn logits(&self, rows: &[u32], vocab: usize) -> Vec<f32> {
+        match self {
+            Self::Logits(logits) => gather_values(logits, rows),
+            Self::Hidden(hidden, head) => {
+                let mut logits = vec![0.0; rows.len() * vocab];
+                let values = gather_values(hidden, rows);
+                matmul_t(&mut logits, (&values, rows.len()), (head, vocab), hidden.rows_cols().1);
+                logits
+            }
+        }
+    }
 }
 
 /// The teacher's distributions over the draft vocabulary for the rows that a chunk reads.
@@ -209,15 +222,7 @@ impl Teacher {
     fn new(source: &Source<'_>, targets: &SoftTargets<'_>, range: &Range<usize>, vocab: usize) -> Self {
         let mut rows = u32s(targets.teacher_row)[range.clone()].to_vec();
         rows.dedup();
-        let mut p = match source {
-            Source::Logits(logits) => gather_values(logits, &rows),
-            Source::Hidden(hidden, head) => {
-                let mut logits = vec![0.0; rows.len() * vocab];
-                let values = gather_values(hidden, &rows);
-                matmul_t(&mut logits, (&values, rows.len()), (head, vocab), hidden.rows_cols().1);
-                logits
-            }
-        };
+        let mut p = source.logits(&rows, vocab);
         let whole = targets.logsumexp.f32s();
         let pruned: Vec<f32> = p.par_chunks_mut(vocab).map(softmax).collect();
         let share = pruned.iter().zip(&rows).map(|(pruned, &r)| (pruned - whole[r as usize]).exp()).collect();

@@ -102,15 +102,12 @@ impl Tape<'_> {
     fn linear_onto(&self, x: &Var, w: &Weight, residual: Option<&Var>) -> Result<Var> {
         let w = Stack::new(self, w, x.value(), residual)?;
         let y = w.product(x.value(), residual)?;
-        let trained = w.is_trained(self);
-        let needed = trained || self.any_needed(&[x]) || residual.is_some_and(|r| self.any_needed(&[r]));
-        let product = trained.then(|| w.as_product());
-        let y = self
-            .record(y, needed, || Box::new(Linear { x: x.clone(), w, residual: residual.map(Slot::from) }));
-        if let Some(product) = product {
-            self.note_product(&y, || product);
-        }
-        Ok(y)
+        let trained = w.trained_product(self);
+        let needed =
+            trained.is_some() || self.any_needed(&[x]) || residual.is_some_and(|r| self.any_needed(&[r]));
+        Ok(self.record_product(y, needed, trained, || {
+            Box::new(Linear { x: x.clone(), w, residual: residual.map(Slot::from) })
+        }))
     }
 }
 
@@ -148,8 +145,10 @@ impl Stack {
         Ok(Self { w: w.clone(), cols, weights, biases })
     }
 
-    pub(super) fn is_trained(&self, tape: &Tape<'_>) -> bool {
-        self.w.params.iter().chain(&self.w.biases).any(|&id| tape.is_trained(id))
+    /// The product, if any of its matrices or biases is trained.
+    pub(super) fn trained_product(&self, tape: &Tape<'_>) -> Option<Product> {
+        let is_trained = self.w.params.iter().chain(&self.w.biases).any(|&id| tape.is_trained(id));
+        is_trained.then(|| self.as_product())
     }
 
     pub(super) fn product(&self, x: &Tensor, residual: Option<&Var>) -> Result<Tensor> {

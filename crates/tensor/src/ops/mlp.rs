@@ -52,16 +52,11 @@ impl Tape<'_> {
         let x = gate_up.value().device().kernels().swiglu(gate_up.value())?;
         let w = Stack::new(self, w, &x, Some(residual))?;
         let y = w.product(&x, Some(residual))?;
-        let trained = w.is_trained(self);
-        let needed = trained || self.any_needed(&[gate_up, residual]);
-        let product = trained.then(|| w.as_product());
-        let y = self.record(y, needed, || {
+        let trained = w.trained_product(self);
+        let needed = trained.is_some() || self.any_needed(&[gate_up, residual]);
+        Ok(self.record_product(y, needed, trained, || {
             Box::new(SwiGluLinear { gate_up: gate_up.clone(), w, residual: residual.into() })
-        });
-        if let Some(product) = product {
-            self.note_product(&y, || product);
-        }
-        Ok(y)
+        }))
     }
 
     /// `gelu(gate) * up` of gate and up side by side, `[R, 2 I]` to `[R, I]`; GELU by its tanh approximation. It has no

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{Source, argmax, gather_values, matmul, matmul_t, matmul_tn_add};
+use super::{Source, argmax, matmul, matmul_t, matmul_tn_add};
 use crate::cpu::simd::{dot, exp_shifted, max, overlap, scale, sum_exp, vectorised};
 use crate::cpu::{f32_mut, tensor, u32s};
 use crate::kernels::{RowFigures, RowLoss, SoftTargets};
@@ -79,15 +79,7 @@ impl Chunk {
     ) -> Self {
         let mut teacher_rows = u32s(targets.teacher_row)[rows.clone()].to_vec();
         teacher_rows.dedup();
-        let teacher = match source {
-            Source::Logits(logits) => gather_values(logits, &teacher_rows),
-            Source::Hidden(hidden, head) => {
-                let mut logits = vec![0.0; teacher_rows.len() * vocab];
-                let values = gather_values(hidden, &teacher_rows);
-                matmul_t(&mut logits, (&values, teacher_rows.len()), (head, vocab), hidden.rows_cols().1);
-                logits
-            }
-        };
+        let teacher = source.logits(&teacher_rows, vocab);
         let mut logits = vec![0.0; rows.len() * vocab];
         matmul_t(&mut logits, (x, rows.len()), (head, vocab), k);
         Self { rows, vocab, logits, teacher_rows, teacher }
