@@ -1,6 +1,6 @@
 //! Mixtures of experts: the device picks experts, sorts rows by expert and multiplies all of them in one launch.
 
-use specforge_cuda::{Arg, Gemm, GemmType, Gpu, Launch, Operand};
+use specforge_cuda::{Arg, Gemm, GemmType, Gpu, Launch, Operand, TensorMap};
 
 use super::gemm::{plain, product};
 use super::launch::{at, gpu_of, in_bf16, new, output, row_blocks, run, stored};
@@ -10,6 +10,8 @@ use crate::{DType, Error, Result, Tensor};
 
 /// `MOST_EXPERTS` of mixture.cu.
 const MOST_EXPERTS: usize = 1024;
+/// `TOGETHER` of grouped.cuh.
+const TOGETHER: usize = 8;
 /// `SORTERS` of mixture.cu.
 const SORTERS: usize = 8;
 
@@ -125,15 +127,23 @@ pub(super) fn linear_grouped(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends
 
 /// One launch over the tiles of all experts: how many that are only the device knows, at most one per expert is not full.
 fn launch(gpu: &Gpu, grouped: &Grouped, m: usize, eight_bits: bool) -> Result<()> {
-    let hopper = gpu.architecture().is_hopper();
-    let (unit, names, columns, block, shared) = match hopper {
-        true => (&GROUPED_WGMMA, ["linear_grouped_wgmma_b", "linear_grouped_wgmma_e"], 256, 384, 197_696),
-        false => (&GROUPED, ["linear_grouped_b", "linear_grouped_e"], 128, 256, 99_328),
-    };
-    let tiles = m / 128 + m.min(grouped.experts as usize);
-    let (kernel, grid) = (names[usize::from(eight_bits)], [(grouped.n as usize).div_ceil(columns), tiles, 1]);
-    let launch = Launch { unit, defines: PLAIN, kernel, grid, block, shared };
-    Ok(gpu.launch(&launch, &[Arg::Bytes(bytemuck::bytes_of(grouped))])?)
+    let (experts, n) = (grouped.experts as usize, grouped.n as usize);
+    let tiles = (m / 128 + m.min(experts)).next_multiple_of(TOGETHER);
+    let of_type = usize::from(eight_bits);
+    let grouped_arg = Arg::Bytes(bytemuck::bytes_of(grouped));
+    if !gpu.architecture().is_hopper() {
+        let (kernel, grid) =
+            (["linear_grouped_b", "linear_grouped_e"][of_type], [n.div_ceil(128) * tiles, 1, 1]);
+        let launch = Launch { unit: &GROUPED, defines: PLAIN, kernel, grid, block: 256, shared: 99_328 };
+        return Ok(gpu.launch(&launch, &[grouped_arg])?);
+    }
+    let bytes = grouped.row_bytes as usize;
+    let (x, w) =
+        (TensorMap::new(grouped.x, [m, bytes], 128)?, TensorMap::new(grouped.w, [experts * n, bytes], 256)?);
+    let kernel = ["linear_grouped_wgmma_b", "linear_grouped_wgmma_e"][of_type];
+    let grid = [n.div_ceil(256) * tiles, 1, 1];
+    let launch = Launch { unit: &GROUPED_WGMMA, defines: PLAIN, kernel, grid, block: 384, shared: 197_696 };
+    Ok(gpu.launch(&launch, &[grouped_arg, Arg::Bytes(x.as_bytes()), Arg::Bytes(w.as_bytes())])?)
 }
 
 pub(super) fn weighted_rows(

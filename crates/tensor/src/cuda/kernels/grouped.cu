@@ -1,6 +1,7 @@
 // Products of rows with the matrix of their expert, for every card (8-bit operands from sm_89 on).
 //
-// Launch: grid (ceil(n / 128), tiles of 128 rows of all experts, or more), block 256, dynamic shared memory 99328 bytes.
+// Launch: grid ceil(n / 128) times the tiles of 128 rows of all experts, or more of them, up to a multiple of TOGETHER;
+// block 256, dynamic shared memory 99328 bytes.
 // Rows of x and w are multiples of 16 bytes and aligned. A row's sums have the same order whatever rows are beside it.
 #include "grouped.cuh"
 
@@ -49,9 +50,10 @@ template <bool EIGHT_BITS>
 __device__ __forceinline__ void linear_grouped(const Grouped& g) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 base = (shared_address(memory) + 1023) / 1024 * 1024;
-  const Tile tile = tile_of<ROWS>(g, blockIdx.y);
+  const Place place = place_of(g, COLUMNS);
+  const Tile tile = tile_of<ROWS>(g, place.rows);
   if (tile.rows == 0) return;
-  const int first = blockIdx.x * COLUMNS, columns = g.n - first < COLUMNS ? g.n - first : COLUMNS;
+  const int first = place.columns * COLUMNS, columns = g.n - first < COLUMNS ? g.n - first : COLUMNS;
   const u8* x = g.x + (i64)tile.first * g.row_bytes;
   const u8* w = g.w + ((i64)tile.expert * g.n + first) * g.row_bytes;
   const int panels = (g.row_bytes + 127) / 128;

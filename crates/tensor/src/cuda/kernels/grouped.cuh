@@ -25,6 +25,18 @@ struct Tile {
   int expert, first, rows;
 };
 
+// Which tile of rows and of `columns` columns the block computes. Blocks that run side by side read few rows of x and of
+// w again and again: all columns of TOGETHER tiles of rows, then of the next ones.
+constexpr int TOGETHER = 8;
+struct Place {
+  int rows, columns;
+};
+__device__ __forceinline__ Place place_of(const Grouped& g, int columns) {
+  const int across = (g.n + columns - 1) / columns, all = TOGETHER * across;
+  const int group = blockIdx.x / all, within = blockIdx.x % all;
+  return {group * TOGETHER + within % TOGETHER, within / TOGETHER};
+}
+
 // The number-th tile of up to ROWS rows, counted expert by expert. The same in every lane of a warp.
 template <int ROWS>
 __device__ __forceinline__ Tile tile_of(const Grouped& g, int number) {

@@ -1,13 +1,14 @@
 // Products of rows with the matrix of their expert for Hopper (sm_90a). Semantics are those of grouped.cu; its sums
 // have another order.
 //
-// Launch: grid (ceil(n / 256), tiles of 128 rows of all experts, or more), block 384, dynamic shared memory 197696
-// bytes. Warpgroup 0 copies panels of x and w into four stages; warpgroups 1 and 2 multiply, 64 rows each.
+// Launch: grid ceil(n / 256) times the tiles of 128 rows of all experts, or more of them, up to a multiple of TOGETHER;
+// block 384, dynamic shared memory 197696 bytes. The copy engine brings panels of x [m, row_bytes] and w [experts n, row_bytes] into four stages, asked by one
+// thread; two warpgroups multiply, 64 rows each. A box may reach into the rows of the next expert, whose products are
+// not stored.
 #include "grouped.cuh"
 #include "warpgroup.cuh"
 
 constexpr int ROWS = 128, COLUMNS = 256, STAGES = 4;
-constexpr int AHEAD = 2;  // panels whose copies are on the way
 constexpr u32 X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + COLUMNS * 128;
 
 // Shared memory: the stages, then their barriers. `full`: all of a panel has arrived. `empty`: no warp reads it.
@@ -23,27 +24,16 @@ struct Shared {
 __device__ __forceinline__ int stage_of(int i) { return i % STAGES; }
 __device__ __forceinline__ u32 parity_of(int i) { return i / STAGES % 2; }
 
-__device__ __forceinline__ void produce(const Shared& shared, const Grouped& g, const Tile& tile, int first,
-                                        int panels) {
-  const int columns = g.n - first < COLUMNS ? g.n - first : COLUMNS;
-  const u8* x = g.x + (i64)tile.first * g.row_bytes;
-  const u8* w = g.w + ((i64)tile.expert * g.n + first) * g.row_bytes;
-  auto arrived = [&](int i) {
-    publish_shared();
-    barrier_arrive(shared.full(stage_of(i)));
-  };
+__device__ __forceinline__ void produce(const Shared& shared, const Grouped& g, const TensorMap& x, const TensorMap& w,
+                                        const Tile& tile, int first, int panels) {
   for (int i = 0; i < panels; ++i) {
-    const int stage = stage_of(i), at = i * 128, bytes = g.row_bytes - at;
+    const int stage = stage_of(i);
     // A new barrier counts as having ended a phase of parity 1: the first panels do not wait.
     barrier_wait(shared.empty(stage), parity_of(i) ^ 1);
-    copy_panel<ROWS, 128>(shared.x(stage), x + at, g.row_bytes, tile.rows, bytes, threadIdx.x);
-    copy_panel<COLUMNS, 128>(shared.w(stage), w + at, g.row_bytes, columns, bytes, threadIdx.x);
-    copy_commit();
-    copy_wait<AHEAD>();
-    if (i >= AHEAD) arrived(i - AHEAD);
+    barrier_expect(shared.full(stage), STAGE_BYTES);
+    copy_box(shared.x(stage), x, i * 128, tile.first, shared.full(stage));
+    copy_box(shared.w(stage), w, i * 128, tile.expert * g.n + first, shared.full(stage));
   }
-  copy_wait<0>();
-  for (int i = panels < AHEAD ? 0 : panels - AHEAD; i < panels; ++i) arrived(i);
 }
 
 // Starts the products of a panel on top of d: 64 rows from x on, COLUMNS columns.
@@ -95,23 +85,25 @@ __device__ __forceinline__ void consume(const Shared& shared, const Grouped& g, 
 }
 
 template <bool EIGHT_BITS>
-__device__ __forceinline__ void linear_grouped(const Grouped& g) {
+__device__ __forceinline__ void linear_grouped(const Grouped& g, const TensorMap& x, const TensorMap& w) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared = {(shared_address(memory) + 1023) / 1024 * 1024};
-  const Tile tile = tile_of<ROWS>(g, blockIdx.y);
+  const Place place = place_of(g, COLUMNS);
+  const Tile tile = tile_of<ROWS>(g, place.rows);
   if (tile.rows == 0) return;
-  const int first = blockIdx.x * COLUMNS, panels = (g.row_bytes + 127) / 128;
+  const int first = place.columns * COLUMNS, panels = (g.row_bytes + 127) / 128;
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(shared.full(stage), 128);
+      barrier_init(shared.full(stage), 1);
       barrier_init(shared.empty(stage), 8);  // one for each multiplying warp
     }
+    publish_shared();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
     shrink_registers<40>();
-    produce(shared, g, tile, first, panels);
+    if (threadIdx.x == 0) produce(shared, g, x, w, tile, first, panels);
   } else {
     grow_registers<232>();
     consume<EIGHT_BITS>(shared, g, tile, first, panels);
@@ -119,6 +111,8 @@ __device__ __forceinline__ void linear_grouped(const Grouped& g) {
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    linear_grouped_wgmma_b(const __grid_constant__ Grouped g) { linear_grouped<false>(g); }
+    linear_grouped_wgmma_b(const __grid_constant__ Grouped g, const __grid_constant__ TensorMap x,
+                           const __grid_constant__ TensorMap w) { linear_grouped<false>(g, x, w); }
 extern "C" __global__ void __launch_bounds__(384, 1)
-    linear_grouped_wgmma_e(const __grid_constant__ Grouped g) { linear_grouped<true>(g); }
+    linear_grouped_wgmma_e(const __grid_constant__ Grouped g, const __grid_constant__ TensorMap x,
+                           const __grid_constant__ TensorMap w) { linear_grouped<true>(g, x, w); }

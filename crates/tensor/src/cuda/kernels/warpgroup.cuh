@@ -27,6 +27,23 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   } while (!done);
 }
 
+// One arrival, which says how many bytes the copy engine will bring in this phase.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// What the copy engine has to know of a matrix of bytes; see TensorMap of the crate cuda.
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+// Starts copying the map's box from this byte and row on into shared memory, and tells the barrier when it is there.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int byte, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"((u64)&map), "r"(byte), "r"(row), "r"(barrier)
+      : "memory");
+}
+
 // Named barriers for some of a block's threads; 0 is __syncthreads.
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
