@@ -84,8 +84,14 @@ fn read(
                 method.capture().layers
             );
         }
-        if read.norms_before_residual() {
-            note!("warning: {} norms before the residual, this run's draft does not", folder.display());
+        for how in read.departures() {
+            note!("warning: {}: {how}, this run's draft does not", folder.display());
+        }
+        if let Some(window) = read.window() {
+            note!(
+                "warning: {} was trained to see {window} tokens, this run's draft sees all",
+                folder.display()
+            );
         }
         read.tensors
     } else {

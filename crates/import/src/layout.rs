@@ -67,7 +67,7 @@ pub(crate) fn of_torch<'a>(path: &Path, root: Value<'a>) -> Result<Features<'a>>
     Ok(Features { input_ids, loss_mask: mask, hidden_states, last_hidden: part(last)?, is_normed: true })
 }
 
-/// `hidden_states [L, n + 1, H]` and `token_ids [L]`.
+/// `hidden_states [L, n + 1, H]` and `token_ids [L]`; in 8 bits with `hidden_states_scales [L, 1, 1]` too.
 pub(crate) fn of_safetensors<'a>(path: &Path, weights: &'a Weights) -> Result<Features<'a>> {
     let need = |name: &str| {
         let view = weights.get(name);
@@ -85,13 +85,14 @@ pub(crate) fn of_safetensors<'a>(path: &Path, weights: &'a Weights) -> Result<Fe
         let why = format!("hidden_states has shape {:?} for {} tokens", states.shape, input_ids.len());
         return Err(Error::features(path, why));
     }
-    expect_float(path, "hidden_states", states.dtype)?;
+    let scales = scales_of(path, weights, states.dtype, length)?;
     let all = Matrix {
         bytes: Cow::Borrowed(states.bytes),
         dtype: states.dtype,
         columns: layers * width,
         from: 0,
         width,
+        scales,
     };
     let hidden = Matrix { width: (layers - 1) * width, ..all.clone() };
     let last = Matrix { from: (layers - 1) * width, ..all };
@@ -107,6 +108,28 @@ pub(crate) fn of_safetensors<'a>(path: &Path, weights: &'a Weights) -> Result<Fe
         is_normed: false,
     })
 }
+
+/// The factors of states in 8 bits, one for each token; none for other types.
+fn scales_of<'a>(
+    path: &Path,
+    weights: &'a Weights,
+    dtype: Dtype,
+    length: usize,
+) -> Result<Option<Cow<'a, [u8]>>> {
+    if dtype != Dtype::F8E4M3 {
+        return expect_float(path, "hidden_states", dtype).map(|()| None);
+    }
+    let scales = weights.get(SCALES);
+    let fits =
+        |scales: &View<'_>| scales.dtype == Dtype::F32 && scales.bytes.len() == length * size_of::<f32>();
+    scales.filter(fits).map(|scales| Some(Cow::Borrowed(scales.bytes))).ok_or_else(|| {
+        let why = format!("hidden_states is {dtype}, and there is no {SCALES} of {length} F32 numbers");
+        Error::features(path, why)
+    })
+}
+
+/// The tensor that makes numbers of speculators' states in 8 bits.
+const SCALES: &str = "hidden_states_scales";
 
 /// `; it has a, b, c`.
 fn keys(root: Value<'_>) -> String {
@@ -126,7 +149,7 @@ fn matrix<'a>(path: &Path, name: &str, tensor: &TorchTensor<'a>, length: usize) 
         return Err(Error::features(path, why));
     }
     expect_float(path, name, tensor.dtype())?;
-    Ok(Matrix { bytes: tensor.bytes(), dtype: tensor.dtype(), columns: width, from: 0, width })
+    Ok(Matrix { bytes: tensor.bytes(), dtype: tensor.dtype(), columns: width, from: 0, width, scales: None })
 }
 
 fn expect_float(path: &Path, name: &str, dtype: Dtype) -> Result<()> {

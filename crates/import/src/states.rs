@@ -22,6 +22,8 @@ pub(crate) struct Matrix<'a> {
     pub(crate) from: usize,
     /// How many are.
     pub(crate) width: usize,
+    /// Little-endian F32, a factor for each row.
+    pub(crate) scales: Option<Cow<'a, [u8]>>,
 }
 
 impl<'a> States<'a> {
@@ -53,7 +55,8 @@ impl Matrix<'_> {
             out.extend(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)));
         } else {
             let view = View { dtype: self.dtype, shape: &[], bytes };
-            out.extend(view.to_f32().into_iter().map(bf16::from_f32));
+            let scale = self.scales.as_ref().map_or(1.0, |all| f32::from_le_bytes(all.as_chunks().0[token]));
+            out.extend(view.to_f32().into_iter().map(|value| bf16::from_f32(value * scale)));
         }
     }
 }

@@ -196,10 +196,15 @@ pub(crate) fn load(
     frozen: &Frozen,
 ) -> Result<(Box<dyn DraftMethod>, Params)> {
     let read = read_eagle3(folder)?;
-    if read.norms_before_residual() {
+    if let Some(how) = read.departures().first() {
         bail!(
-            "{}: config.json says norm_before_residual, which neither this program nor SGLang computes; the folder can only \
-             be trained on (train.warm-start)",
+            "{}: {how}, which this program does not compute; the folder can only be trained on (train.warm-start)",
+            folder.display()
+        );
+    }
+    if let Some(window) = read.window() {
+        note!(
+            "warning: {} was trained to see {window} tokens; here and in SGLang it sees all",
             folder.display()
         );
     }

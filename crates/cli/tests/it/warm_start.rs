@@ -134,6 +134,12 @@ fn drafts_that_cannot_be_started_from_say_why() {
     config["norm_before_residual"] = Value::Bool(true);
     world.write("speculators/config.json", config.to_string());
     world.fails(&["eval", "R", "--draft", "speculators"], &["norm_before_residual", "train.warm-start"]);
+    config["norm_before_residual"] = Value::Bool(false);
+    config["transformer_layer_config"]["layer_types"] = json!(["sliding_attention"]);
+    config["transformer_layer_config"]["sliding_window"] = 64.into();
+    world.write("speculators/config.json", config.to_string());
+    let ran = world.ok(&["eval", "R", "--draft", "speculators"]);
+    assert!(ran.stderr.contains("was trained to see 64 tokens"), "{}", ran.stderr);
     config["speculators_model_type"] = "dflash".into();
     world.write("speculators/config.json", config.to_string());
     fails("speculators", &["speculators_model_type", "eagle3"]);

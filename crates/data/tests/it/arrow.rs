@@ -123,6 +123,16 @@ fn a_folder_of_save_to_disk_is_a_source() {
     assert_eq!(quiet(&config).unwrap().len(), 1);
 }
 
+/// What speculators' data preparation saves, by its own code; see tools/golden/others.py.
+#[test]
+fn a_dataset_that_speculators_tokenised_is_a_source() {
+    let fixture = Fixture::new();
+    let mut config = fixture.config("x.jsonl", "");
+    config.inputs = vec![Source::from(specforge_testkit::own_case("others/speculators-0.9.0/dataset"))];
+    let set = quiet(&config).unwrap();
+    assert_eq!((set.row(0).ids, set.row(0).loss_mask), (&[7, 8, 9, 10, 11][..], &[1, 0, 1, 0, 1][..]));
+}
+
 #[test]
 fn a_bad_row_is_named_by_its_number() {
     let fixture = Fixture::new();

@@ -43,16 +43,29 @@ pub fn read_eagle3(path: &Path) -> Result<Eagle3Folder> {
         tensors.insert(slot.name.clone(), Tensor::from_view(&slot.name, view).into_owned());
     }
     if let Some(name) = names.values().next() {
-        return Err(Error::tensor(name, format!("in {}: config.json has no place for it", path.display())));
+        return Err(Error::tensor(name, format!("in {}: {}", path.display(), no_place(name))));
     }
     Ok(Eagle3Folder { config, config_json, tensors })
 }
 
 impl Eagle3Folder {
-    /// Whether the draft's residual stream begins with the normed state, as speculators can train it: weights that are
-    /// good to begin with, but another computation than ours and SGLang's.
-    pub fn norms_before_residual(&self) -> bool {
-        self.config_json[speculators::NORM_BEFORE_RESIDUAL] == true
+    /// What the draft computes otherwise than this program, as speculators can train it: weights that are good to begin
+    /// with, but another model. Empty for most.
+    pub fn departures(&self) -> Vec<&'static str> {
+        let before_residual = self.config_json[speculators::NORM_BEFORE_RESIDUAL] == true;
+        [
+            (before_residual, "it norms before the residual (norm_before_residual)"),
+            (self.config.norm_before_fc, "it norms the captured states together (norm_before_fc)"),
+        ]
+        .into_iter()
+        .filter_map(|(departs, how)| departs.then_some(how))
+        .collect()
+    }
+
+    /// How many tokens a query sees, itself included, if it was trained to see no more.
+    pub fn window(&self) -> Option<u64> {
+        let slides = self.config_json["layer_types"][0] == "sliding_attention";
+        self.config_json["sliding_window"].as_u64().filter(|_| slides)
     }
 }
 
@@ -82,6 +95,15 @@ fn canonical_names(weights: &Weights) -> Result<BTreeMap<String, &str>> {
         }
     }
     Ok(names)
+}
+
+/// Why a tensor is one too many.
+fn no_place(name: &str) -> &'static str {
+    if name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight") {
+        return "queries and keys are normed, as in a layer of Qwen3; drafts here and in SGLang have a layer of Llama \
+                (speculators: --draft-arch llama)";
+    }
+    "config.json has no place for it"
 }
 
 /// The weights as SGLang would find them: also a single file of another name.

@@ -5,4 +5,5 @@ mod check;
 mod draft;
 mod folders;
 mod golden;
+mod others;
 mod write;

@@ -57,6 +57,53 @@ fn files_of_speculators_are_read() {
     assert_eq!(f32s(features.last_hidden.unwrap().first(2).unwrap()), [&all[6..8], &all[14..]].concat());
 }
 
+/// Every file of the other programs' own code has the same numbers; see tools/golden/others.py.
+#[test]
+fn files_of_other_programs_are_read() {
+    let number = |i: usize| if i % 64 == 0 { 28.0 } else { (8 + i % 8) as f32 };
+    let all: Vec<f32> = (0..5 * 64).map(number).collect();
+    let columns = |from: usize, to: usize| -> Vec<f32> {
+        all.chunks_exact(64).flat_map(|row| row[from..to].to_vec()).collect()
+    };
+    for (file, has_mask, is_normed) in [
+        ("speculators-0.9.0/hidden_states/hs_0.safetensors", false, false),
+        ("speculators-0.9.0/hidden_states/hs_1.safetensors", false, false),
+        ("speculators-0.3.0/data_0.pt", true, false),
+        ("speculators-0.3.0/v0/data_0.pt", true, true),
+        ("specforge-0.2.0/rows_0-2000/data_0.ckpt", true, true),
+        ("specforge-0.2.0/rows_0-2000/data_1.ckpt.gz", true, true),
+    ] {
+        let opened = FeatureFile::open(&own_case("others").join(file), MOST).unwrap();
+        let features = opened.features().unwrap();
+        assert_eq!(features.input_ids, [7, 8, 9, 10, 11], "{file}");
+        assert_eq!(features.loss_mask, has_mask.then(|| vec![1, 0, 1, 0, 1]), "{file}");
+        assert_eq!(features.is_normed, is_normed, "{file}");
+        assert_eq!(f32s(features.hidden_states.first(5).unwrap()), columns(0, 48), "{file}");
+        assert_eq!(f32s(features.last_hidden.unwrap().first(5).unwrap()), columns(48, 64), "{file}");
+    }
+}
+
+#[test]
+fn states_in_8_bits_need_their_scales() {
+    let dir = tempdir();
+    let ids: Vec<u8> = [4i64, 5].iter().flat_map(|v| v.to_le_bytes()).collect();
+    let view = |dtype, shape: &[usize], bytes| {
+        safetensors::tensor::TensorView::new(dtype, shape.to_vec(), bytes).unwrap()
+    };
+    let (codes, scale) = ([0x38u8; 16], 1f32.to_le_bytes());
+    let path = dir.path().join("hs_0.safetensors");
+    for scales in [None, Some(view(safetensors::Dtype::F32, &[1, 1, 1], &scale))] {
+        let mut views = vec![
+            ("token_ids", view(safetensors::Dtype::I64, &[2], &ids)),
+            ("hidden_states", view(safetensors::Dtype::F8_E4M3, &[2, 4, 2], &codes)),
+        ];
+        views.extend(scales.map(|scales| ("hidden_states_scales", scales)));
+        safetensors::serialize_to_file(views, None, &path).unwrap();
+        let message = refused(&path);
+        assert!(message.contains("no hidden_states_scales of 2 F32 numbers"), "{message}");
+    }
+}
+
 fn refused(path: &Path) -> String {
     let file = FeatureFile::open(path, MOST);
     file.and_then(|file| file.features().map(|_| ())).unwrap_err().to_string()
