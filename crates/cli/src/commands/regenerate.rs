@@ -1,6 +1,7 @@
 //! `specforge regenerate`: conversations with the answers that the target itself gives.
 
 mod answer;
+mod chat;
 mod journal;
 mod output;
 mod turns;
@@ -89,6 +90,9 @@ pub(crate) struct Args {
     /// What becomes of a conversation with an answer that was cut off at --max-tokens.
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = CutOff::Skip)]
     cut_off: CutOff,
+    /// What becomes of conversations in which the model calls tools.
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Tools::Keep)]
+    tools: Tools,
     /// Read at most so many conversations.
     #[arg(long, value_name = "N")]
     max_rows: Option<usize>,
@@ -123,6 +127,16 @@ enum CutOff {
     Skip,
     /// It ends with that answer.
     Keep,
+}
+
+/// What becomes of conversations in which the model calls tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+enum Tools {
+    /// Turns that call tools and the results stay as they are; texts are regenerated, also after a result.
+    Keep,
+    /// They are skipped.
+    Skip,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -214,6 +228,7 @@ fn settings(args: &Args, model: &str, sources: &[Source]) -> Value {
         "max-tokens": args.max_tokens,
         "reasoning": args.reasoning,
         "cut-off": args.cut_off,
+        "tools": args.tools,
         "max-rows": args.max_rows,
     })
 }
@@ -261,6 +276,7 @@ fn conclude(args: &Args, place: &output::Place, counts: &Counts) -> Result<()> {
             ("skipped", counts.skipped.to_string()),
             ("failed", counts.failed.to_string()),
             ("answers", format!("{}, {} tokens", counts.answers, counts.tokens)),
+            ("tool calls", format!("{} kept", counts.kept_calls)),
         ]))?;
     }
     if counts.failed > 0 {

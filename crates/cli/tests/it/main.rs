@@ -16,6 +16,7 @@ mod parallel;
 mod plan;
 mod prepare;
 mod regenerate;
+mod regenerate_tools;
 mod resume;
 mod sequence;
 mod store;

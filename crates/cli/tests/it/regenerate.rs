@@ -35,14 +35,16 @@ fn reply(request: &HttpRequest) -> String {
     format!("re: {} after {}", last["content"].as_str().unwrap(), messages.len() - 1)
 }
 
-fn answer(text: &str) -> HttpResponse {
+pub(crate) fn answer(text: &str) -> HttpResponse {
     let message = json!({ "role": "assistant", "content": text, "reasoning_content": "because" });
     let choice = json!({ "message": message, "finish_reason": "stop" });
     HttpResponse::new(200, json!({ "choices": [choice], "usage": { "completion_tokens": 4 } }).to_string())
 }
 
 /// A server of the model `m` that answers as [`reply`] unless the closure has something else for the request.
-fn server(other: impl Fn(&HttpRequest) -> Option<HttpResponse> + Send + Sync + 'static) -> HttpServer {
+pub(crate) fn server(
+    other: impl Fn(&HttpRequest) -> Option<HttpResponse> + Send + Sync + 'static,
+) -> HttpServer {
     HttpServer::start(move |request| {
         if request.path == "/v1/models" {
             return HttpResponse::new(200, json!({ "data": [{ "id": "m" }] }).to_string());
@@ -57,12 +59,12 @@ fn world(count: usize) -> World {
     world
 }
 
-fn args<'a>(url: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+pub(crate) fn args<'a>(url: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let all = ["regenerate", "--input", "questions.jsonl", "--output", "out.jsonl", "--server", url];
     [&all[..], more].concat()
 }
 
-fn rows(world: &World, file: &str) -> Vec<Value> {
+pub(crate) fn rows(world: &World, file: &str) -> Vec<Value> {
     world.text(file).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
@@ -76,7 +78,7 @@ fn every_turn_is_answered_on_top_of_the_new_answers() {
     let counts = world.ok_json(&args(server.url(), &["--json", "--reasoning", "keep", "--top-p", "0.9"]));
     assert_eq!(
         counts,
-        json!({ "rows": 4, "done": 4, "skipped": 0, "failed": 0, "resumed": 0, "answers": 8, "tokens": 32 })
+        json!({ "rows": 4, "done": 4, "skipped": 0, "failed": 0, "resumed": 0, "answers": 8, "tokens": 32, "kept_calls": 0 })
     );
     let rows = rows(&world, "out.jsonl");
     assert_eq!(rows.iter().map(|row| row["id"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2, 3]);
@@ -176,7 +178,7 @@ fn what_cannot_be_used_and_what_failed_add_up_to_the_input() {
     let (world, fails) = (world(6), std::sync::Arc::new(Mutex::new(true)));
     let call = json!([{ "function": { "name": "f", "arguments": "{}" } }]);
     let tools = json!({ "messages": [{ "role": "user", "content": "x" },
-        { "role": "assistant", "content": "", "tool_calls": call }, { "role": "tool", "content": "1" }] });
+        { "role": "assistant", "content": "", "tool_calls": call }] });
     let text = world.text("questions.jsonl") + &format!("{tools}\nnot json\n{{\"messages\": []}}\n");
     world.write("questions.jsonl", text);
     let failing = fails.clone();
@@ -199,7 +201,7 @@ fn what_cannot_be_used_and_what_failed_add_up_to_the_input() {
     assert_eq!((errors.len(), &errors[0]["row"]["id"], &errors[0]["line"]), (1, &json!(2), &json!(3)));
     assert!(errors[0]["why"].as_str().unwrap().contains("context is too long"), "{errors:?}");
     let why: Vec<String> = rows(&world, "out.skipped.jsonl").iter().map(|r| r["why"].to_string()).collect();
-    let expected = ["was cut off", "is empty", "tool calls", "not valid JSON", "no user turn"];
+    let expected = ["was cut off", "is empty", "every answer calls a tool", "not valid JSON", "no user turn"];
     assert_eq!(why.len(), expected.len(), "{why:?}");
     assert!(why.iter().zip(expected).all(|(why, part)| why.contains(part)), "{why:?}");
     // The failure alone is tried again.

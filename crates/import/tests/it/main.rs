@@ -60,7 +60,7 @@ fn files_of_speculators_are_read() {
 /// Every file of the other programs' own code has the same numbers; see tools/golden/others.py.
 #[test]
 fn files_of_other_programs_are_read() {
-    let number = |i: usize| if i % 64 == 0 { 28.0 } else { (8 + i % 8) as f32 };
+    let number = |i: usize| if i.is_multiple_of(64) { 28.0 } else { (8 + i % 8) as f32 };
     let all: Vec<f32> = (0..5 * 64).map(number).collect();
     let columns = |from: usize, to: usize| -> Vec<f32> {
         all.chunks_exact(64).flat_map(|row| row[from..to].to_vec()).collect()

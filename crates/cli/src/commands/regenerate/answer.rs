@@ -12,7 +12,7 @@ use specforge_models::Target;
 use specforge_remote::chat::Servers;
 use specforge_tensor::Device;
 
-use super::{Args, Reasoning};
+use super::{Args, Reasoning, chat};
 use crate::{hub, machine, setup};
 
 /// One answer.
@@ -98,7 +98,8 @@ impl OverHttp {
         let completion = self.servers.complete(&body, stop).map_err(no_answer)?;
         Ok(Answer {
             cut_off: completion.finish_reason == "length",
-            calls_tool: completion.finish_reason == "tool_calls",
+            calls_tool: completion.finish_reason == "tool_calls"
+                || chat::calls_in_text(conversation, &completion.content),
             content: completion.content,
             reasoning: completion.reasoning,
             tokens: completion.tokens.unwrap_or(0),
@@ -109,7 +110,7 @@ impl OverHttp {
     fn request(&self, args: &Args, conversation: &Conversation, number: u64) -> Value {
         let mut body = json!({
             "model": self.model,
-            "messages": conversation.messages_json(),
+            "messages": chat::messages(conversation),
             "temperature": args.temperature,
             "max_tokens": args.max_tokens,
             // Servers take 32 bits with a sign.
@@ -194,7 +195,8 @@ impl InProcess {
             generated.tokens.pop();
         }
         let (reasoning, content) = without_reasoning(&self.tokenizer.decode(&generated.tokens)?);
-        Ok(Answer { content, reasoning, cut_off: generated.stop != Stop::Eos, calls_tool: false, tokens })
+        let calls_tool = chat::calls_in_text(&conversation, &content);
+        Ok(Answer { content, reasoning, cut_off: generated.stop != Stop::Eos, calls_tool, tokens })
     }
 }
 

@@ -34,6 +34,8 @@ pub(super) struct Counts {
     /// In this run.
     pub(super) answers: u64,
     pub(super) tokens: u64,
+    /// Turns that call tools and stayed as they were.
+    pub(super) kept_calls: u64,
 }
 
 /// A row to be regenerated.
@@ -177,10 +179,11 @@ fn note_down(
 ) -> Result<()> {
     *failures = if matches!(outcome, Ok(Outcome::Failed(_))) { *failures + 1 } else { 0 };
     match outcome {
-        Ok(Outcome::Done { row, answers, tokens }) => {
+        Ok(Outcome::Done { row, answers, tokens, kept }) => {
             counts.done += 1;
             counts.answers += answers;
             counts.tokens += tokens;
+            counts.kept_calls += kept;
             journal.note(&task.key, State::Done, "", Some(&row))
         }
         Ok(Outcome::Skipped(why)) => {
@@ -215,5 +218,6 @@ fn merged(queue: &Counts, written: &Counts) -> Counts {
         resumed: queue.resumed,
         answers: written.answers,
         tokens: written.tokens,
+        kept_calls: written.kept_calls,
     }
 }
