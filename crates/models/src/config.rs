@@ -26,6 +26,14 @@ pub(crate) fn read_json(path: &Path) -> Result<Value> {
         .map_err(|error| Error::Config { path: path.to_path_buf(), why: format!("not JSON: {error}") })
 }
 
+/// The most layers that a target may have; the largest published models have some 130.
+pub(crate) const MOST_LAYERS: u64 = 1024;
+
+/// The number of layers for what is written down layer by layer: never so many that a wrong number fills the memory.
+pub(crate) fn n_layers(config: &Value) -> u64 {
+    config["num_hidden_layers"].as_u64().unwrap_or(0).min(MOST_LAYERS + 1)
+}
+
 /// A configuration with what it leaves out taken from `defaults`.
 pub(crate) fn with_defaults(mut config: Value, defaults: &Value) -> Value {
     for (key, value) in defaults.as_object().into_iter().flatten() {

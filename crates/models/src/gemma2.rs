@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use specforge_tensor::{ParamId, Var, Weight};
 
-use crate::config::{Windows, bf16_rounded, parse, with_defaults};
+use crate::config::{Windows, bf16_rounded, n_layers, parse, with_defaults};
 use crate::frame::Frame;
 use crate::loader::Loader;
 use crate::mlp::{Gate, Mlp};
@@ -57,9 +57,8 @@ pub(crate) fn settings(config: Value) -> Value {
 /// `layer_types` where there are none: every `nth` layer sees all keys, the others have the window.
 pub(crate) fn sliding_but_every(mut config: Value, nth: u64) -> Value {
     if config["layer_types"].is_null() {
-        let n_layers = config["num_hidden_layers"].as_u64().unwrap_or(0);
         let kind = |i| if i % nth == 0 { "full_attention" } else { "sliding_attention" };
-        config["layer_types"] = (1..=n_layers).map(kind).collect();
+        config["layer_types"] = (1..=n_layers(&config)).map(kind).collect();
     }
     config
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use specforge_tensor::{ParamId, RouterParams, Routing, Scoring, Var, Weight};
 
-use crate::config::{Windows, count, parse, with_defaults};
+use crate::config::{Windows, count, n_layers, parse, with_defaults};
 use crate::loader::Loader;
 use crate::mixture::FeedForward;
 use crate::mixture::{ExpertGate, Mixture, MixtureShape};
@@ -54,9 +54,8 @@ pub(crate) fn settings(config: Value) -> Value {
     let mut config =
         with_defaults(config, &json!({ "head_dim": 64, "sliding_window": 128, "use_sliding_window": true }));
     if config["layer_types"].is_null() {
-        let n_layers = config["num_hidden_layers"].as_u64().unwrap_or(0);
         let kind = |i: u64| if i.is_multiple_of(2) { "sliding_attention" } else { "full_attention" };
-        config["layer_types"] = (0..n_layers).map(kind).collect();
+        config["layer_types"] = (0..n_layers(&config)).map(kind).collect();
     }
     config
 }

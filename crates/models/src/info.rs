@@ -7,7 +7,7 @@ use serde_json::Value;
 use specforge_nn::rope::RopeConfig;
 use specforge_tensor::AttentionShape;
 
-use crate::config::{parse, read_json};
+use crate::config::{MOST_LAYERS, parse, read_json};
 use crate::quantization::Quantization;
 use crate::{Error, Result, architecture};
 
@@ -215,7 +215,7 @@ impl TargetInfo {
     }
 }
 
-/// Refuses sizes of 0, before anything divides by them.
+/// Refuses sizes of 0, before anything divides by them, and more layers than any model has.
 fn expect_sizes(path: &Path, raw: &Value) -> Result<()> {
     for key in [
         "hidden_size",
@@ -231,6 +231,10 @@ fn expect_sizes(path: &Path, raw: &Value) -> Result<()> {
         if raw.get(key).and_then(Value::as_u64) == Some(0) {
             return Err(setting(path, raw, key, "expected at least 1"));
         }
+    }
+    let key = "num_hidden_layers";
+    if raw.get(key).and_then(Value::as_u64).is_some_and(|n| n > MOST_LAYERS) {
+        return Err(setting(path, raw, key, format!("expected at most {MOST_LAYERS}")));
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use specforge_tensor::{KeyValue, ParamId, Part, Var, Weight};
 
-use crate::config::{parse, with_defaults};
+use crate::config::{n_layers, parse, with_defaults};
 use crate::frame::Frame;
 use crate::loader::Loader;
 use crate::mlp::Mlp;
@@ -76,9 +76,8 @@ pub(crate) fn settings(config: Value) -> Value {
     config["block_auto_adjust_ff_dim"] = json!(false);
     if config["layer_types"].is_null() {
         let attends = |i: u64| config["full_attn_idxs"].as_array().is_some_and(|all| all.contains(&json!(i)));
-        let n_layers = config["num_hidden_layers"].as_u64().unwrap_or(0);
         let kind = |i| if attends(i) { "full_attention" } else { "conv" };
-        config["layer_types"] = (0..n_layers).map(kind).collect();
+        config["layer_types"] = (0..n_layers(&config)).map(kind).collect();
     }
     config
 }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use specforge_tensor::{KeyValue, ParamId, Part, RouterParams, Routing, Scoring, Tensor, Var, Weight};
 
-use crate::config::{flattened, parse, with_defaults};
+use crate::config::{flattened, n_layers, parse, with_defaults};
 use crate::frame::Frame;
 use crate::glm4::half_split;
 use crate::loader::Loader;
@@ -90,14 +90,14 @@ pub(crate) fn settings(config: Value) -> Value {
     if let Some(is_on) = tuning {
         config["attn_temperature_tuning"] = json!(is_on);
     }
-    let n_layers = config["num_hidden_layers"].as_u64().unwrap_or(0);
     let number = |key: &str| config[key].as_u64().unwrap_or(1).max(1);
     let (interval, step) = (number("no_rope_layer_interval"), number("interleave_moe_layer_step"));
     if config["no_rope_layers"].as_array().is_none_or(Vec::is_empty) {
-        config["no_rope_layers"] = (1..=n_layers).map(|i| u8::from(!i.is_multiple_of(interval))).collect();
+        config["no_rope_layers"] =
+            (1..=n_layers(&config)).map(|i| u8::from(!i.is_multiple_of(interval))).collect();
     }
     if config["moe_layers"].is_null() {
-        config["moe_layers"] = (0..n_layers).filter(|i| (i + 1).is_multiple_of(step)).collect();
+        config["moe_layers"] = (0..n_layers(&config)).filter(|i| (i + 1).is_multiple_of(step)).collect();
     }
     config
 }

@@ -13,7 +13,7 @@ use specforge_tensor::{DeltaShape, ParamId, Var};
 use mixer::apart;
 pub(crate) use mixer::{GatedAttention, LinearAttention};
 
-use crate::config::{parse, with_defaults};
+use crate::config::{n_layers, parse, with_defaults};
 use crate::frame::Frame;
 use crate::loader::Loader;
 use crate::mixture::{FeedForward, Mixture, MixtureShape};
@@ -64,10 +64,9 @@ pub(crate) fn settings(config: Value) -> Value {
         config = with_defaults(config, &json!({ "partial_rotary_factor": 0.25 }));
     }
     if config["layer_types"].is_null() {
-        let number = |key: &str| config[key].as_u64().unwrap_or(0);
-        let (n_layers, interval) = (number("num_hidden_layers"), number("full_attention_interval").max(1));
+        let interval = config["full_attention_interval"].as_u64().unwrap_or(0).max(1);
         let kind = |i: u64| if i.is_multiple_of(interval) { "full_attention" } else { "linear_attention" };
-        config["layer_types"] = (1..=n_layers).map(kind).collect();
+        config["layer_types"] = (1..=n_layers(&config)).map(kind).collect();
     }
     config
 }

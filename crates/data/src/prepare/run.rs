@@ -8,7 +8,7 @@ use std::thread;
 
 use rayon::prelude::*;
 
-use super::work::Work;
+use super::work::{Work, remove_stale};
 use super::{Input, OnError, PrepareConfig, row_error};
 use crate::conversation::RowError;
 use crate::encode::{EncodeOptions, EncodedRow, EncodedRows, Encoder};
@@ -64,6 +64,7 @@ impl Run<'_> {
         let Some(mut work) = Work::take(&self.config.cache, key, folder, self.progress)? else {
             return Ok(());
         };
+        remove_stale(&self.config.cache);
         let written = self.write_to(&mut work, folder, key, settings);
         // The first error is the one to report, and the set is there.
         let _ = work.remove();

@@ -21,6 +21,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// A commit may take this share of the time, at most.
 const COMMIT_SHARE: u32 = 20;
 
+/// What a killed process left and nobody went on with for so long is removed.
+const STALE_AFTER: Duration = Duration::from_hours(24);
+
 /// The folder, held by this process.
 #[derive(Debug)]
 pub(super) struct Work {
@@ -138,6 +141,29 @@ impl Work {
     fn set(&self) -> PathBuf {
         self.folder.join("set")
     }
+}
+
+/// Removes folders of killed processes whose settings or inputs are asked for no more: nobody holds them, and nothing in
+/// them changed for a day. What cannot be removed stays.
+pub(super) fn remove_stale(cache: &Path) {
+    let entries = fs_err::read_dir(cache).into_iter().flatten().flatten();
+    let is_work = |path: &PathBuf| path.extension().is_some_and(|end| end == "work");
+    for folder in entries.map(|entry| entry.path()).filter(is_work) {
+        let Ok(lock) = OpenOptions::new().write(true).open(folder.join("lock")) else { continue };
+        // Held while it is removed, so that whoever comes meanwhile waits and starts anew.
+        if is_stale(&folder) && lock.file().try_lock().is_ok() {
+            let _ = fs_err::remove_dir_all(&folder);
+        }
+    }
+}
+
+/// Whether nothing in the folder, or one below it, changed for long.
+fn is_stale(folder: &Path) -> bool {
+    let files =
+        |folder: &Path| fs_err::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let inside = files(folder).chain(files(&folder.join("set")));
+    let changed = inside.filter_map(|path| fs_err::metadata(path).ok()?.modified().ok()).max();
+    changed.is_some_and(|changed| changed.elapsed().is_ok_and(|age| age > STALE_AFTER))
 }
 
 /// What is done according to the folder; nothing if that cannot be read.

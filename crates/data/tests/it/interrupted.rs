@@ -125,6 +125,35 @@ fn who_comes_second_waits_and_opens_the_same_set() {
     assert_eq!(names(&config.cache), [sets[0].key()]);
 }
 
+/// What was left by a stop and is asked for no more goes after a day, unless somebody holds it.
+#[test]
+fn what_nobody_goes_on_with_is_removed() {
+    let fixture = Fixture::new();
+    let config = config(&fixture, "left");
+    stop(&config, 3);
+    let (old, other) = (work(&config), PrepareConfig { min_supervised: 2, ..config.clone() });
+    let ask = |min_supervised: usize| {
+        quiet(&PrepareConfig { min_supervised, ..config.clone() }).unwrap();
+        old.exists()
+    };
+    assert!(ask(2), "it is of today");
+    let days_ago = std::time::SystemTime::now() - std::time::Duration::from_hours(72);
+    for path in [old.clone(), old.join("set")] {
+        for entry in fs_err::read_dir(path).unwrap() {
+            let file = std::fs::File::open(entry.unwrap().path()).unwrap();
+            file.set_modified(days_ago).unwrap();
+        }
+    }
+    let lock = std::fs::File::open(old.join("lock")).unwrap();
+    lock.lock().unwrap();
+    assert!(ask(3), "it is held");
+    drop(lock);
+    quiet(&other).unwrap();
+    assert!(old.exists(), "nothing was prepared");
+    assert!(!ask(4));
+    assert_eq!(names(&config.cache).len(), 3);
+}
+
 /// An error is not a stop: nothing is left.
 #[test]
 fn an_error_leaves_nothing() {

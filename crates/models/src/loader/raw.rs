@@ -29,8 +29,8 @@ impl Loader<'_> {
         }
         let view = weights.require(name, shape)?;
         match (view.dtype, self.quantization, shape) {
-            (Dtype::F8E4M3, Quantization::Fp8(block), &[rows, columns]) => {
-                Ok(Raw::of_f32(&weights.fp8_blocks(name, [rows, columns], block)?))
+            (Dtype::F8E4M3, Quantization::Fp8(block), &[.., _, _]) => {
+                Ok(Raw::of_f32(&weights.fp8_blocks(name, shape, block)?))
             }
             (Dtype::F64, ..) => Ok(Raw::of_f32(&view.to_f32())),
             (Dtype::F32 | Dtype::BF16 | Dtype::F16, ..) => {

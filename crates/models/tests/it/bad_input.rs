@@ -38,6 +38,10 @@ fn wrong_settings_are_named() {
     check(json!({ "hidden_size": "big" }), "hidden_size: invalid type: string \"big\"");
     check(json!({ "hidden_size": null }), "hidden_size: invalid type: null");
     check(json!({ "head_dim": 0 }), "head_dim = 0: expected at least 1");
+    check(
+        json!({ "num_hidden_layers": 1_000_000_000 }),
+        "num_hidden_layers = 1000000000: expected at most 1024",
+    );
     check(json!({ "num_key_value_heads": 3 }), "num_key_value_heads = 3: expected a divisor of");
     check(
         json!({ "head_dim": null, "num_attention_heads": 5 }),
@@ -46,6 +50,23 @@ fn wrong_settings_are_named() {
     check(json!({ "rope_scaling": { "type": "warped" } }), "\"warped\"");
     check(json!({ "attention_bias": "yes" }), "attention_bias: invalid type: string \"yes\"");
     check(json!({ "rms_norm_eps": 3.0 }), "rms_norm_eps = 3.0: expected a small number");
+}
+
+/// What a configuration leaves out per layer is filled in before anything is checked: that must not fill the memory.
+#[test]
+fn a_wrong_number_of_layers_is_refused_at_once() {
+    for (architecture, extra) in kinds() {
+        let mut config = config(architecture, &extra);
+        config["num_hidden_layers"] = json!(u64::MAX);
+        for key in ["layer_types", "no_rope_layers", "moe_layers"] {
+            config.as_object_mut().expect("keys").remove(key);
+        }
+        let error = TargetInfo::from_json("config.json".as_ref(), config).expect_err("too many layers");
+        assert!(
+            error.to_string().contains("num_hidden_layers = 18446744073709551615: "),
+            "{architecture}: {error}"
+        );
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod bad_input;
 mod batch;
 mod decode;
 mod folder;
+mod fp8;
 mod golden;
 mod mixtures;
 mod parallel;

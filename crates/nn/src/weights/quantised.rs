@@ -13,26 +13,41 @@ const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 const MX_BLOCK: usize = 32;
 
 impl Weights {
-    /// The matrix `name` of 8-bit floats, each block of `block` rows and columns (fewer at the edges) times its number in
-    /// `{name}_scale_inv`: exact products in float32.
-    pub fn fp8_blocks(&self, name: &str, shape: [usize; 2], block: [usize; 2]) -> Result<Vec<f32>> {
-        let view = self.require(name, &shape)?;
-        let scale_name = format!("{name}_scale_inv");
-        let grid = [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
-        let scales = self.require(&scale_name, &grid)?;
+    /// Matrices `name` of 8-bit floats, `[.., R, C]`, each block of `block` rows and columns of one (fewer at the edges)
+    /// times its number in `{name}_scale_inv` `[.., R / rows, C / columns]`, rounded up: exact products in float32. The
+    /// numbers may also be called `_weight_scale_inv`, `_weight_scale` or `_scale`.
+    pub fn fp8_blocks(&self, name: &str, shape: &[usize], block: [usize; 2]) -> Result<Vec<f32>> {
+        let view = self.require(name, shape)?;
+        let scale_name = self.fp8_scale_name(name);
+        let (outer, matrix) = shape.split_at(shape.len().saturating_sub(2));
+        let &[height, width] = matrix else {
+            let why = "is no matrix, but has the element type F8_E4M3".to_owned();
+            return Err(Error::entry(self.file_of(name), name, why));
+        };
+        let grid = [height.div_ceil(block[0]), width.div_ceil(block[1])];
+        let scales = self.require(&scale_name, &[outer, &grid].concat())?;
         self.expect_type(name, &view, &[Dtype::F8E4M3])?;
-        let floats = [Dtype::F32, Dtype::BF16, Dtype::F8E8M0];
+        let floats = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F8E8M0];
         self.expect_type(&scale_name, &scales, &floats)?;
         let (codes, scales) = (f8e4m3_table(), scales.to_f32());
-        let (mut values, width) = (vec![0.0; view.bytes.len()], shape[1].max(1));
+        let (mut values, width) = (vec![0.0; view.bytes.len()], width.max(1));
         let rows = values.par_chunks_exact_mut(width).zip(view.bytes.par_chunks_exact(width));
         rows.enumerate().for_each(|(r, (row, bytes))| {
-            let scales = &scales[r / block[0] * grid[1]..][..grid[1]];
+            let (of_matrix, r) = (r / height * grid[0], r % height);
+            let scales = &scales[(of_matrix + r / block[0]) * grid[1]..][..grid[1]];
             for ((part, bytes), scale) in row.chunks_mut(block[1]).zip(bytes.chunks(block[1])).zip(scales) {
                 part.iter_mut().zip(bytes).for_each(|(v, byte)| *v = codes[usize::from(*byte)] * scale);
             }
         });
         Ok(values)
+    }
+
+    /// What the factors of 8-bit floats are called here; the usual name if there are none.
+    fn fp8_scale_name(&self, name: &str) -> String {
+        let names =
+            ["_scale_inv", "_weight_scale_inv", "_weight_scale", "_scale"].map(|end| format!("{name}{end}"));
+        let [usual, ..] = &names;
+        names.iter().find(|name| self.get(name).is_some()).unwrap_or(usual).clone()
     }
 
     /// Whether `name` is kept as 4-bit floats: as `{name}_blocks` and `{name}_scales`.

@@ -164,11 +164,7 @@ fn row_loss(row: &mut [f32], (p, share): (&[f32], f32), (a, b): (f32, f32), log:
     let sum = exp_sum(row, top);
     scale(row, 1.0 / sum);
     let (acceptance, below) = overlap(p, share, row);
-    let b = match log {
-        true if acceptance > 0.0 => b / acceptance,
-        true => 0.0,
-        false => b,
-    };
+    let b = if log { of_logarithm(b, acceptance) } else { b };
     vectorised(|| {
         for (q, p) in row.iter_mut().zip(p) {
             let indicator = if *q < share * p { 1.0 } else { 0.0 };
@@ -176,6 +172,14 @@ fn row_loss(row: &mut [f32], (p, share): (&[f32], f32), (a, b): (f32, f32), log:
         }
     });
     OneRow { cross_entropy: top + sum.ln() - expected, acceptance, argmax: best }
+}
+
+/// The weight of the acceptance's gradient where its logarithm is weighted; none of a row without overlap.
+///
+/// Products of the quotient with what counts in the acceptance stay within `weight`, but the quotient itself may be above
+/// all float32: then the largest number stands for it, as infinity times 0 would be none.
+fn of_logarithm(weight: f32, acceptance: f32) -> f32 {
+    if acceptance > 0.0 { (weight / acceptance).clamp(-f32::MAX, f32::MAX) } else { 0.0 }
 }
 
 /// Where the teacher's logits come from, with a head that is widened once for all chunks.

@@ -276,6 +276,31 @@ fn a_row_without_overlap_has_no_gradient_of_its_logarithm() {
     assert!(run.dx.unwrap().f32s().iter().chain(run.dhead.unwrap().f32s().iter()).all(|v| v.is_finite()));
 }
 
+/// An acceptance so small that the quotient with it is above all float32: the gradient stays a number.
+#[test]
+fn a_row_of_hardly_any_overlap_has_a_finite_gradient() {
+    for far in [86.0, 88.0, 92.0, 98.0, 102.0] {
+        let mut case = Case::new(3, 8, 2, 1, Objective::LkAlpha);
+        case.x = matrix([[1.0; 1], [0.0; 1]].concat().repeat(12), &[3, 8]);
+        case.head = matrix([[far / 4.0; 8], [0.0; 8]].concat(), &[2, 8]);
+        case = case.with_logits();
+        case.logits = Some(matrix([[-5e3, 5e3]; 2].concat(), &[2, 2]));
+        case.logsumexp = matrix(vec![5e3; 2], &[2]);
+        case.group_weight = vec![1e3; 3];
+        let ranks = alone();
+        for run in [case.run().unwrap(), case.run_on(Some(&ranks)).unwrap()] {
+            let acceptance = run.groups[0].acceptance;
+            assert!(
+                run.groups.iter().all(|g| g.loss.is_finite()) && acceptance < 1e-36,
+                "{far}: {acceptance}"
+            );
+            let (dx, dhead) = (run.dx.unwrap(), run.dhead.unwrap());
+            assert!(dx.f32s().iter().chain(dhead.f32s().iter()).all(|v| v.is_finite()), "{far}");
+            assert!(acceptance < 1.2e-38 || dhead.f32s().iter().any(|v| v.abs() > 1.0), "{far}: {dhead:?}");
+        }
+    }
+}
+
 /// The loss over a shared vocabulary is computed another way: with one rank it must come to the same.
 #[test]
 fn parallel_loss_of_one_rank_is_the_loss() {

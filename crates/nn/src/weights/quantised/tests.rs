@@ -30,15 +30,38 @@ fn blocks_of_8_bits_have_their_factors() {
     let scales = floats(&[1.0, 10.0, 0.5, 0.25]);
     let w = ("w.weight", Format::F8_E4M3, &[3, 4][..], &codes[..]);
     let (_dir, weights) = saved(&[w, ("w.weight_scale_inv", Format::F32, &[2, 2], &scales)]);
-    let got = weights.fp8_blocks("w.weight", [3, 4], [2, 3]).unwrap();
+    let got = weights.fp8_blocks("w.weight", &[3, 4], [2, 3]).unwrap();
     assert_eq!(got[..4], [1.0, 1.5, -2.0, 4480.0]);
     assert_eq!(got[4..8], got[..4]);
     assert_eq!(got[8..], [0.5, 0.75, -1.0, 112.0]);
-    let message = |block| weights.fp8_blocks("w.weight", [3, 4], block).unwrap_err().to_string();
+    let message = |block| weights.fp8_blocks("w.weight", &[3, 4], block).unwrap_err().to_string();
     assert!(message([4, 4]).contains("w.weight_scale_inv has shape [2, 2], expected [1, 1]"));
     let (_dir, weights) = saved(&[w]);
-    let message = weights.fp8_blocks("w.weight", [3, 4], [2, 3]).unwrap_err().to_string();
+    let message = weights.fp8_blocks("w.weight", &[3, 4], [2, 3]).unwrap_err().to_string();
     assert!(message.contains("tensor w.weight_scale_inv is missing in "), "{message}");
+}
+
+/// Two experts in one tensor: each has its own blocks, under any of the names.
+#[test]
+fn stacked_matrices_of_8_bits_have_their_factors() {
+    let codes: Vec<u8> = [0x38, 0x3c, 0xc0, 0x7e].repeat(6);
+    let scales = floats(&[1.0, 10.0, 0.5, 0.25, 2.0, 4.0, 8.0, 16.0]);
+    for end in ["_scale_inv", "_weight_scale_inv", "_weight_scale", "_scale"] {
+        let name = format!("gate_up_proj{end}");
+        let (_dir, weights) = saved(&[
+            ("gate_up_proj", Format::F8_E4M3, &[2, 3, 4], &codes),
+            (&name, Format::F32, &[2, 2, 2], &scales),
+        ]);
+        let got = weights.fp8_blocks("gate_up_proj", &[2, 3, 4], [2, 3]).unwrap();
+        let row = [1.0, 1.5, -2.0, 448.0];
+        let expected = [[1.0, 10.0], [1.0, 10.0], [0.5, 0.25], [2.0, 4.0], [2.0, 4.0], [8.0, 16.0]]
+            .map(|[a, b]| [row[0] * a, row[1] * a, row[2] * a, row[3] * b]);
+        assert_eq!(got, expected.concat(), "{end}");
+        let message = weights.fp8_blocks("gate_up_proj", &[2, 3, 4], [3, 4]).unwrap_err().to_string();
+        assert!(message.contains(&format!("{name} has shape [2, 2, 2], expected [2, 1, 1]")), "{message}");
+    }
+    let (_dir, weights) = saved(&[("v", Format::F8_E4M3, &[4], &codes[..4])]);
+    assert!(weights.fp8_blocks("v", &[4], [2, 3]).unwrap_err().to_string().contains("is no matrix"));
 }
 
 #[test]

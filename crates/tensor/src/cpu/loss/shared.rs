@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{Source, argmax, matmul, matmul_t, matmul_tn_add};
+use super::{Source, argmax, matmul, matmul_t, matmul_tn_add, of_logarithm};
 use crate::cpu::simd::{dot, exp_shifted, max, overlap, scale, sum_exp, vectorised};
 use crate::cpu::{f32_mut, tensor, u32s};
 use crate::kernels::{RowFigures, RowLoss, SoftTargets};
@@ -127,11 +127,7 @@ impl Chunk {
         self.logits.par_chunks_mut(v).enumerate().for_each(|(i, row)| {
             let (acceptance, below) = (parts[3 * i + 1], parts[3 * i + 2]);
             let (a, b) = (ce_weight[first + i], acceptance_weight[first + i]);
-            let b = match targets.log_acceptance {
-                true if acceptance > 0.0 => b / acceptance,
-                true => 0.0,
-                false => b,
-            };
+            let b = if targets.log_acceptance { of_logarithm(b, acceptance) } else { b };
             let (p, share) = (&teacher[read[i] * v..][..v], shares[read[i]]);
             vectorised(|| {
                 for (q, p) in row.iter_mut().zip(p) {

@@ -131,7 +131,7 @@ __device__ __forceinline__ void soft_target_row(const SoftTarget& a, bf16* share
     }
     acceptance = block_sum(acceptance);
     below = block_sum(below);
-    if (a.log_acceptance) weight = acceptance > 0.f ? weight / acceptance : 0.f;
+    if (a.log_acceptance) weight = of_logarithm(weight, acceptance);
     const float on_below = ce_weight + weight * (1.f - below), on_rest = ce_weight - weight * below;
     for (int c = first; c < n; c += step) {
       float q[V], t[V];

@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(512)
   }
   if (!write_gradient) return;
   float weight = acceptance_weight[r];
-  if (log_acceptance) weight = accepted > 0.f ? weight / accepted : 0.f;
+  if (log_acceptance) weight = of_logarithm(weight, accepted);
   if (a.wide()) gradient_of_row<8>(a, ce_weight[r], weight);
   else gradient_of_row<1>(a, ce_weight[r], weight);
 }

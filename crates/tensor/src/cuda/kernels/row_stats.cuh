@@ -9,6 +9,13 @@ constexpr float LOG2E = 1.4426950408889634f;
 // Stands for minus infinity as a running maximum: differences from it stay numbers.
 constexpr float LOWEST = -1e38f;
 
+constexpr float LARGEST = 3.402823466e38f;
+
+// The weight of the acceptance's gradient where its logarithm is weighted, as in cpu/loss.rs: never infinite.
+__device__ __forceinline__ float of_logarithm(float weight, float acceptance) {
+  return acceptance > 0.f ? fmaxf(fminf(weight / acceptance, LARGEST), -LARGEST) : 0.f;
+}
+
 // What a thread has seen of a row: the largest logit, the sum of e^(logit - top), and the first column of the unit in
 // which top first came up.
 struct Seen {
