@@ -42,7 +42,7 @@ pub(crate) struct RowError {
 /// Columns that hold the messages, in the order in which they are looked for.
 const MESSAGES: [&str; 4] = ["conversations", "messages", "conversation", "data"];
 /// Further columns of a row that are no template variables.
-const OWN_COLUMNS: [&str; 7] = [
+const OWN_COLUMNS: [&str; 8] = [
     "id",
     "tools",
     "text",
@@ -51,7 +51,11 @@ const OWN_COLUMNS: [&str; 7] = [
     "chat_template_kwargs",
     // How `specforge regenerate` made the answers.
     "regenerated",
+    ANSWER,
 ];
+
+/// The last answer, where it is beside the messages (datasets of answers that a model gave to others' conversations).
+const ANSWER: &str = "generated_message";
 
 impl Conversation {
     /// Whether a row holds messages; a column called `data` may hold anything.
@@ -69,8 +73,10 @@ impl Conversation {
                 Some(other) => format!("the messages are {}, expected a list", kind(other)),
             }));
         };
+        let answer = row.get(ANSWER).filter(|answer| answer.is_object());
         let messages: Result<Vec<_>, _> = messages
             .iter()
+            .chain(answer)
             .enumerate()
             .map(|(index, message)| {
                 Message::from_value(message, index)

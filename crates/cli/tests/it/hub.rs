@@ -132,6 +132,12 @@ fn conversations_may_be_a_dataset_of_the_hub() {
     let report: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!(report["rows_kept"], 60, "{report}");
     assert!(hubs.world.has(&format!("hf/hub/datasets--small--talk/snapshots/{COMMIT}/data/train.jsonl")));
+    // A part of it: the other one was never downloaded, and is not used where it was.
+    let part = ["--set", "data.conversations=[\"datasets/small/talk/data/te*.jsonl\"]"];
+    hubs.run(&[&["prepare", "R"], &part[..]].concat(), &[]).refused(&["data/test.jsonl", "1"]);
+    let lacks = ["--set", "data.conversations=[\"datasets/small/talk/other\"]"];
+    hubs.run(&[&["prepare", "R"], &lacks[..]].concat(), &[])
+        .refused(&["small/talk/other", "of this name or folder"]);
     let none = ["prepare", "R", "--set", "data.conversations=[\"datasets/small/none\"]"];
     hubs.run(&none, &[]).refused(&["datasets/small/none", "is the name right?"]);
 }

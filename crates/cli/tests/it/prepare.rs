@@ -43,3 +43,26 @@ fn a_killed_prepare_goes_on_to_the_same_bits() {
     assert!(kills > 0, "it ended before it could be killed");
     assert!(set(&world, "runs/cache") == set(&world, "whole"), "after {kills} kills");
 }
+
+/// A folder with splits, a file with half its rows, and rows that are in both: what a recipe says of each is done.
+#[test]
+fn sources_have_splits_weights_and_no_row_twice() {
+    let world = World::new();
+    let all = world.text("conversations.jsonl");
+    let lines: Vec<&str> = all.split_inclusive('\n').collect();
+    fs_err::create_dir_all(world.path("set/main")).unwrap();
+    world.write("set/main/train-00000.jsonl", lines[..20].concat());
+    world.write("set/main/test-00000.jsonl", "{}\n");
+    world.write("more.jsonl", lines[10..].concat());
+    let prepare = |sources: &str, deduplicate: bool| {
+        let sets = [format!("data.conversations={sources}"), format!("data.deduplicate={deduplicate}")];
+        let counts = world.ok_json(&["prepare", "R", "--json", "--set", &sets[0], "--set", &sets[1]]);
+        counts["rows_kept"].as_u64().unwrap() as usize
+    };
+    let (both, n) = ("[\"set\", \"more.jsonl\"]", lines.len());
+    assert_eq!((prepare(both, false), prepare(both, true)), (n + 10, n));
+    assert_eq!(prepare("[\"set\"]", true), 20);
+    assert_eq!(prepare("[{path = \"set\", weight = 3}]", false), 60);
+    let half = prepare("[{path = \"more.jsonl\", weight = 0.5}]", false);
+    assert!(half > 5 && half < n - 15, "{half} of {}", n - 10);
+}

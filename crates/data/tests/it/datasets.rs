@@ -55,6 +55,9 @@ fn messages_of_published_datasets() {
     let magpie = json!({ "uuid": "1", "instruction": "no", "response": "no", "conversations": [{ "from": "human", "value": "q" }, { "from": "gpt", "value": "a" }] });
     check(&magpie, "q", "a");
     check(&json!({ "id": "0", "data": ["q", "a"] }), "q", "a");
+    let beside = json!({ "conversation": [{ "role": "user", "content": "q" }], "finish_reason": "stop",
+        "generated_message": { "role": "assistant", "content": "a" } });
+    check(&beside, "q", "a");
     check(
         &json!({ "conversation": [{ "role": "user", "content": "q" }, { "role": "assistant", "content": "a" }], "model": "m" }),
         "q",

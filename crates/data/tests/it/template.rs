@@ -158,6 +158,13 @@ fn hostile_templates_are_stopped() {
     check_error(double, "the template does not come to an end");
     check_error("{{ 'x' * 10000000000 }}", "the chat template failed");
     check_error("{{ range(10000000000) | list }}", "the chat template failed");
+    // Cycles of every kind that Jinja has.
+    check_error("{% include 'chat_template' %}", "the chat template failed");
+    check_error("{% extends 'chat_template' %}", "the chat template failed");
+    check_error(
+        "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+        "the chat template failed",
+    );
     check_error("{{ nothing.at_all }}", "nothing");
     check_error("a\n{{ messages[0].thing.part }}", "thing");
 }

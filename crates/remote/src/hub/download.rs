@@ -14,11 +14,17 @@ use crate::{Error, Result};
 const AT_ONCE: usize = 4;
 
 impl Hub {
-    /// The folder with a repository's configuration, tokenizer, template and weights, downloaded if it is not there.
+    /// The folder with a repository's configuration, tokenizer, template and weights, downloaded if it is not there; of a
+    /// dataset the folder with its rows, or the file, folder or pattern in it that is meant.
     ///
     /// Interrupted downloads go on where they were; every file is compared with the hub's size and hash. Without a
     /// network, or where the settings say so, what the cache has of the revision is used.
     pub fn folder(&self, id: &RepoId, watch: Watch<'_>) -> Result<PathBuf> {
+        let snapshot = self.snapshot(id, watch)?;
+        Ok(id.part().map_or_else(|| snapshot.clone(), |part| snapshot.join(part)))
+    }
+
+    fn snapshot(&self, id: &RepoId, watch: Watch<'_>) -> Result<PathBuf> {
         let cache = RepoCache::new(&self.cache, id);
         let cached = cache.commit(id);
         if self.offline {
@@ -38,7 +44,12 @@ impl Hub {
         if !usable {
             let why = match id.kind() {
                 Kind::Model => "it has no config.json: it is not a model in the form of transformers",
-                Kind::Dataset => "it has no .jsonl, .json or .parquet file",
+                Kind::Dataset if id.part().is_some() => {
+                    "it has no .jsonl, .json or .parquet file of this name or folder"
+                }
+                Kind::Dataset => {
+                    "it has no .jsonl, .json or .parquet file; the hub may have a converted copy: add @refs/convert/parquet"
+                }
             };
             let why = why.to_owned();
             return Err(Error::Repository { what: id.to_string(), why });

@@ -1,4 +1,5 @@
-//! The name of a repository: `owner/name` of a model, `datasets/owner/name` of a dataset; `@revision` may follow.
+//! The name of a repository: `owner/name` of a model, `datasets/owner/name` of a dataset, or of a part of one,
+//! `datasets/owner/name/folder/or/pattern-*.parquet`; `@revision` may follow.
 
 use std::fmt;
 
@@ -16,11 +17,13 @@ pub enum Kind {
 pub struct RepoId {
     kind: Kind,
     name: String,
+    part: Option<String>,
     revision: Option<String>,
 }
 
 impl RepoId {
-    /// Reads `owner/name`, `datasets/owner/name` and either with `@revision`; `None` if the text cannot be such a name.
+    /// Reads `owner/name`, `datasets/owner/name`, a part of it and any with `@revision`; `None` if the text cannot be such
+    /// a name.
     pub fn parse(text: &str) -> Option<Self> {
         let (kind, text) = match text.strip_prefix("datasets/") {
             Some(rest) if rest.contains('/') => (Kind::Dataset, rest),
@@ -31,6 +34,10 @@ impl RepoId {
             None => (text, None),
         };
         let (owner, model) = name.split_once('/')?;
+        let (model, part) = match model.split_once('/') {
+            Some((model, part)) if kind == Kind::Dataset => (model, Some(part)),
+            _ => (model, None),
+        };
         let legal = |part: &str| {
             let inside = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
             let edge = |c: char| c.is_ascii_alphanumeric() || c == '_';
@@ -51,8 +58,17 @@ impl RepoId {
                 && !revision.ends_with('/')
         };
         let is_name = legal(owner) && legal(model) && !model.to_ascii_lowercase().ends_with(".git");
-        let ok = is_name && revision.is_none_or(legal_revision);
-        ok.then(|| Self { kind, name: name.to_owned(), revision: revision.map(str::to_owned) })
+        let legal_part = |part: &str| {
+            let inside = |part: &str| !matches!(part, "" | "." | "..") && !part.contains('\\');
+            part.len() <= 256 && part.split('/').all(inside)
+        };
+        let ok = is_name && revision.is_none_or(legal_revision) && part.is_none_or(legal_part);
+        ok.then(|| Self {
+            kind,
+            name: format!("{owner}/{model}"),
+            part: part.map(str::to_owned),
+            revision: revision.map(str::to_owned),
+        })
     }
 
     /// What it holds.
@@ -63,6 +79,11 @@ impl RepoId {
     /// `owner/name`.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The part of a dataset that is meant, if not all of it: a file, a folder or a pattern.
+    pub fn part(&self) -> Option<&str> {
+        self.part.as_deref()
     }
 
     /// The revision, a branch, tag or commit; `main` unless another was named.
@@ -77,7 +98,7 @@ impl RepoId {
 
     /// A repository at a commit.
     pub(crate) fn at(kind: Kind, name: String, commit: String) -> Self {
-        Self { kind, name, revision: Some(commit) }
+        Self { kind, name, part: None, revision: Some(commit) }
     }
 
     /// Its part of an address of the interface: `models/owner/name`.
@@ -100,6 +121,7 @@ pub(crate) fn is_commit(text: &str) -> bool {
 impl fmt::Display for RepoId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.page_path())?;
+        self.part.as_ref().map_or(Ok(()), |part| write!(f, "/{part}"))?;
         self.revision.as_ref().map_or(Ok(()), |revision| write!(f, "@{revision}"))
     }
 }
@@ -122,6 +144,16 @@ mod tests {
             (dataset.to_string().as_str(), dataset.api_path().as_str()),
             ("datasets/a/b@v1", "datasets/a/b")
         );
+        let part = RepoId::parse("datasets/a/b/main/train-*.parquet@refs/convert/parquet").unwrap();
+        assert_eq!(
+            (part.name(), part.part(), part.revision()),
+            ("a/b", Some("main/train-*.parquet"), "refs/convert/parquet")
+        );
+        assert_eq!(part.page_path(), "datasets/a/b");
+        assert_eq!(part.to_string(), "datasets/a/b/main/train-*.parquet@refs/convert/parquet");
+        for text in ["datasets/a/b/../c", "datasets/a/b/", "datasets/a/b//c", "datasets/a/b/./c"] {
+            assert_eq!(RepoId::parse(text), None, "{text}");
+        }
         assert_eq!(RepoId::parse("datasets/a").unwrap().kind(), Kind::Model);
         assert!(RepoId::parse(&format!("a/b@{}", "0f".repeat(20))).unwrap().is_pinned());
         for text in [

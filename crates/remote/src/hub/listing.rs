@@ -27,7 +27,7 @@ impl Hub {
             return Err(Error::Malformed { url, why });
         };
         let names = files.iter().filter_map(|file| file["rfilename"].as_str());
-        let files = if id.kind() == Kind::Dataset { rows(names) } else { needed(names) };
+        let files = if id.kind() == Kind::Dataset { rows(names, id.part()) } else { needed(names) };
         Ok(Listing { commit: commit.to_owned(), files })
     }
 }
@@ -45,8 +45,15 @@ const READ: [&str; 9] = [
     "training_state.pt",
 ];
 
-/// Files of a dataset that hold rows, wherever they are in it.
-fn rows<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
+/// Files of a dataset that hold rows, wherever they are in it, or in a part of it: a file, a folder or a pattern.
+fn rows<'a>(names: impl Iterator<Item = &'a str>, part: Option<&str>) -> Vec<String> {
+    let pattern = part.and_then(|part| glob::Pattern::new(part).ok());
+    let options = glob::MatchOptions { require_literal_separator: true, ..glob::MatchOptions::default() };
+    let meant = |name: &&str| {
+        let Some(part) = part else { return true };
+        let below = name.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        below || pattern.as_ref().is_some_and(|pattern| pattern.matches_with(name, options))
+    };
     let of_rows = |name: &&str| {
         let name = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
         [".jsonl", ".json", ".ndjson", ".parquet"].iter().any(|end| name.ends_with(end))
@@ -56,7 +63,7 @@ fn rows<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
             && !name.contains('\\')
             && name.split('/').all(|part| !matches!(part, "" | "." | ".."))
     };
-    names.filter(inside).filter(of_rows).map(str::to_owned).collect()
+    names.filter(inside).filter(of_rows).filter(meant).map(str::to_owned).collect()
 }
 
 /// The files of a model: configuration, tokenizer, template, safetensors. Other forms of the same weights are left out;
@@ -95,7 +102,13 @@ mod tests {
             "b/./c.json",
             "d.arrow",
         ];
-        assert_eq!(rows(names.into_iter()), ["data/train-0.parquet", "a.jsonl.gz"]);
+        assert_eq!(rows(names.into_iter(), None), ["data/train-0.parquet", "a.jsonl.gz"]);
+        for part in ["data", "data/train-0.parquet", "data/*.parquet", "**/train-*"] {
+            assert_eq!(rows(names.into_iter(), Some(part)), ["data/train-0.parquet"], "{part}");
+        }
+        for part in ["dat", "*.parquet", "test", "../x.jsonl"] {
+            assert!(rows(names.into_iter(), Some(part)).is_empty(), "{part}");
+        }
     }
 
     #[test]
