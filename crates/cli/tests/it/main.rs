@@ -20,6 +20,7 @@ mod regenerate_tools;
 mod resume;
 mod sequence;
 mod store;
+mod tensor;
 mod train;
 mod warm_start;
 mod world;
