@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use specforge_tensor::{Combine, Grads, Group, Param, Params, Tensor};
+use specforge_tensor::{Combine, Group, Param, Tensor};
 
 use crate::Result;
 
@@ -36,25 +36,19 @@ pub enum Exchange {
 }
 
 impl Ranks {
-    /// The gradients of a step's batches, from what this rank has of them: sums over the ranks of the sequence, and over
-    /// those that have the same piece of a matrix. All ranks call this once the backward is done, before gradients are
-    /// summed over ranks that train on other batches; a gradient that nothing added to is zeros.
-    pub fn add_up(&self, params: &Params, grads: &mut Grads) -> Result<()> {
-        if self.sequence().is_none() && self.tensor().is_none() {
-            return Ok(());
+    /// A parameter's gradient of a step's batches, from what this rank has of it once it is final: the sum over the ranks
+    /// of the sequence, and over those that have the same piece of a matrix. All ranks call this for every trainable
+    /// parameter, in the same order, before gradients are summed over ranks that train on other batches; a gradient that
+    /// nothing added to is zeros.
+    pub fn add_up(&self, param: &Param, own: Option<Tensor>) -> specforge_tensor::Result<Tensor> {
+        let mut sum = own.map_or_else(|| Tensor::zeros(param.value.device(), param.value.shape()), Ok)?;
+        if let Some(Sequence { ranks, .. }) = self.sequence() {
+            ranks.all_reduce(&mut sum, Combine::Sum)?;
         }
-        for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
-            let zeros = || Tensor::zeros(param.value.device(), param.value.shape());
-            let mut sum = grads.take(id).map_or_else(zeros, Ok)?;
-            if let Some(Sequence { ranks, .. }) = self.sequence() {
-                ranks.all_reduce(&mut sum, Combine::Sum)?;
-            }
-            if let (Some(split), Some(ranks)) = (param.split, self.tensor()) {
-                sum = split.add_copies(sum, ranks)?;
-            }
-            grads.set(id, sum);
+        match (param.split, self.tensor()) {
+            (Some(split), Some(ranks)) => split.add_copies(sum, ranks),
+            _ => Ok(sum),
         }
-        Ok(())
     }
 
     /// The whole of a parameter, or of a tensor shaped like it, as checkpoints have it. All ranks that share matrices

@@ -49,10 +49,11 @@ fn train(mut case: Case, batch: Batch, ranks: &Ranks, data: Option<&Arc<dyn Grou
         for group in data.into_iter().chain(ranks.sequence().map(|sequence| &sequence.ranks)) {
             all.iter_mut().for_each(|(_, values)| sum(values, group));
         }
-        ranks.add_up(&case.params, &mut grads).unwrap();
         let mut squares = 0.0;
         for (id, param) in case.params.iter().filter(|(_, p)| p.trainable) {
-            let mut own = grads.take(id).expect("every weight has a gradient");
+            let own = grads.take(id);
+            assert!(own.is_some(), "every weight has a gradient");
+            let mut own = ranks.add_up(param, own).unwrap();
             data.iter().for_each(|group| group.all_reduce(&mut own, Combine::Sum).unwrap());
             let own_squares: f64 = own.to_f32().iter().map(|g| f64::from(*g).powi(2)).sum();
             squares += ranks.share_of_squares(param) * own_squares;
