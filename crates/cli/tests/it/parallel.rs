@@ -155,6 +155,8 @@ fn survive(world: &World, name: &str, ranks: usize, kills: &[(usize, usize)], se
     let own = ["--set", set.as_str(), "--set", "train.auto-resume=true"];
     let args = [&["train", "R"], sets, &own].concat();
     for &(rank, lines) in kills {
+        // Never before it has got further than when it was killed last.
+        let lines = lines.max(logged(world, name) + 1);
         let mut running = Running::of(on(world, How::Processes, ranks, &args));
         running.wait_until(|| logged(world, name) >= lines);
         let started = std::time::Instant::now();
@@ -174,8 +176,10 @@ fn survive(world: &World, name: &str, ranks: usize, kills: &[(usize, usize)], se
 #[test]
 fn parallel_a_killed_rank_ends_the_others_and_the_run_goes_on_to_the_same_bits() {
     let Some(world) = world() else { return };
-    let sets = ["--set", "train.save-every=2", "--set", "train.eval-every=0", "--set", "threads=1"];
-    let sets = [&sets[..], &["--set", "eval.max-prompts=1", "--set", "eval.training-prompts=0"]].concat();
+    let sets =
+        ["train.epochs=3", "train.save-every=2", "train.eval-every=0", "threads=1", "eval.max-prompts=1"];
+    let sets = sets.into_iter().chain(["eval.training-prompts=0"]).flat_map(|set| ["--set", set]);
+    let sets: Vec<&str> = sets.collect();
     let ranks = 2;
     ok(&world, How::Processes, ranks, &[&["train", "R", "--set", "name=whole"], sets.as_slice()].concat());
     // Not the very last steps: a run must not be done before it is killed.
@@ -313,6 +317,10 @@ fn parallel_an_error_of_one_rank_is_the_error_of_the_run() {
 }
 
 /// The first 20 steps of the quick start over its first rows: losses, and weights by the norm of each tensor.
+///
+/// AdamW divides a gradient by the root of its square, so in the first steps an element whose gradient is about nothing
+/// moves as far as any other, in a direction that the last digits of sums decide. That is why weights are compared with
+/// an epsilon above those gradients; with the recipe's own, they are held to what was measured.
 #[test]
 fn parallel_ranks_take_the_first_steps_of_the_quick_start() {
     let Some(world) = world() else { return };
@@ -320,30 +328,43 @@ fn parallel_ranks_take_the_first_steps_of_the_quick_start() {
     let recipe = fs_err::read_to_string(root.join("recipes/quickstart.toml")).unwrap();
     let assets = format!("{}/assets/", root.display());
     world.write("quick.toml", recipe.replace("assets/", &assets).replace("epochs = 1\n", "max-steps = 20\n"));
-    let sets =
+    let short =
         ["eval.max-prompts=1", "eval.training-prompts=0", "eval.max-new-tokens=4", "train.log-every=1"];
-    let args: Vec<&str> =
-        ["train", "quick.toml"].into_iter().chain(sets.iter().flat_map(|s| ["--set", s])).collect();
-    let named =
-        |name: &str| [&args[..], &["--set", name]].concat().iter().map(|s| s.to_string()).collect::<Vec<_>>();
-    world.ok(&named("name=alone").iter().map(String::as_str).collect::<Vec<_>>());
-    let losses =
-        |name: &str| steps(&world, name).iter().map(|step| f64_of(&step["loss"])).collect::<Vec<_>>();
-    for (name, ranks, more) in
-        [("dp2", 2, &[][..]), ("dp4", 4, &[][..]), ("sp2", 1, &["--set", "parallel.sequence=2"][..])]
-    {
-        let args = named(&set(name));
-        let args: Vec<&str> = args.iter().map(String::as_str).chain(more.iter().copied()).collect();
-        ok(&world, How::Threads, ranks, &args);
-        let (got, want) = (losses(name), losses("alone"));
+    let train = |name: &str, ranks: usize, more: &[&str]| {
+        let own = set(name);
+        let sets = short.iter().chain(more).copied().chain([own.as_str()]).flat_map(|set| ["--set", set]);
+        let args: Vec<&str> = ["train", "quick.toml"].into_iter().chain(sets).collect();
+        if ranks == 0 {
+            world.ok(&args)
+        } else {
+            ok(&world, How::Threads, ranks, &args)
+        };
+    };
+    let check = |name: &str, other: &str, bound: f64| {
+        let losses =
+            |name: &str| steps(&world, name).iter().map(|step| f64_of(&step["loss"])).collect::<Vec<_>>();
+        let (got, want) = (losses(name), losses(other));
         assert_eq!((got.len(), want.len()), (20, 20));
         for (step, (got, want)) in got.iter().zip(&want).enumerate() {
             assert!((got / want - 1.0).abs() < 1e-6, "{name}, step {step}: {got}, alone {want}");
         }
-        for (weight, off) in weights_off(&world, name, "alone") {
+        for (weight, off) in weights_off(&world, name, other) {
             println!("{name}: {weight} {off:.2e}");
-            assert!(off < 1e-6, "{name}: {weight} is off by {off:e}");
+            assert!(off < bound, "{name}: {weight} is off by {off:e}");
         }
+    };
+    train("alone", 0, &[]);
+    train("dp4", 4, &[]);
+    check("dp4", "alone", 5e-6);
+    let eps = "train.optimizer.eps=1e-5";
+    train("alone-eps", 0, &[eps]);
+    for (name, ranks, more) in [
+        ("dp2-eps", 2, "parallel.sequence=1"),
+        ("dp4-eps", 4, "parallel.sequence=1"),
+        ("sp2-eps", 1, "parallel.sequence=2"),
+    ] {
+        train(name, ranks, &[eps, more]);
+        check(name, "alone-eps", 1e-6);
     }
 }
 

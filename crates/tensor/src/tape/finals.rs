@@ -55,6 +55,6 @@ impl Sink<'_> {
     /// An operation must name all parameters that it uses, or a gradient would be sent before it is complete.
     pub(super) fn expect_open(&self, ids: &[ParamId]) {
         let closed = ids.iter().find(|id| self.closed.contains(id));
-        assert!(closed.is_none(), "an operation adds to a gradient that is final: {:?}", closed);
+        assert!(closed.is_none(), "an operation adds to a gradient that is final: {closed:?}");
     }
 }
