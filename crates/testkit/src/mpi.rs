@@ -1,8 +1,8 @@
 //! Tests on processes that `mpirun` starts: a command, or the test itself once more.
 
-#![expect(clippy::disallowed_methods, reason = "a test asks whether mpirun started it")]
-
 use std::process::Command;
+
+use crate::golden::this_program;
 
 /// `mpirun` of so many ranks on this machine, on however few cores and without a network; the program is to be added.
 pub fn mpirun(ranks: usize) -> Command {
@@ -12,15 +12,9 @@ pub fn mpirun(ranks: usize) -> Command {
     mpirun
 }
 
-/// Whether `mpirun` started this process.
-pub fn is_rank() -> bool {
-    std::env::var_os("OMPI_COMM_WORLD_RANK").is_some()
-}
-
 /// Runs a test of this program, by its whole name, on ranks; what they printed, and whether all ended well.
 pub fn test_on_ranks(test: &str, ranks: usize) -> (bool, String) {
-    let program = std::env::current_exe().expect("a test is a program");
-    let output = mpirun(ranks).arg(program).args(["--exact", test, "--nocapture"]).output();
+    let output = mpirun(ranks).arg(this_program()).args(["--exact", test, "--nocapture"]).output();
     let output = output.expect("mpirun is installed");
     let said = [output.stdout, output.stderr].concat();
     (output.status.success(), String::from_utf8_lossy(&said).into_owned())
