@@ -1,7 +1,7 @@
 //! One device: its context, its streams, and what waits for what.
 
-use std::cell::Cell;
-use std::sync::{Mutex, OnceLock};
+use std::cell::{Cell, RefCell};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -18,6 +18,8 @@ use crate::{Error, Result};
 thread_local! {
     /// Whether this thread's kernels go to the second stream.
     static ON_SIDE: Cell<bool> = const { Cell::new(false) };
+    /// While this thread asks the communication stream for work: the end of that work.
+    static BESIDE: RefCell<Option<Arc<Event>>> = const { RefCell::new(None) };
 }
 
 /// Devices that one process can open.
@@ -26,7 +28,8 @@ const MOST: usize = 16;
 /// One CUDA device, opened for the rest of the process.
 ///
 /// All work goes to one stream, in the order of the calls; a [`Memory`](crate::Memory) that is dropped is reused by
-/// later calls only. So no call has to wait for the device, and none needs a lock.
+/// later calls only. So no call has to wait for the device, and none needs a lock. What goes to other streams is put in
+/// order here: [`Gpu::side_by_side`], [`Gpu::beside`].
 #[derive(Debug)]
 pub struct Gpu {
     ordinal: usize,
@@ -34,6 +37,7 @@ pub struct Gpu {
     stream: sys::CUstream,
     copies: sys::CUstream,
     side: sys::CUstream,
+    communication: sys::CUstream,
     properties: Properties,
     pub(crate) pool: Pool,
     pub(crate) staging: Mutex<Staging>,
@@ -123,13 +127,26 @@ impl Gpu {
         unsafe { result::ctx::set_current(context) }.called("cuCtxSetCurrent")?;
         let new_stream =
             || result::stream::create(result::stream::StreamKind::NonBlocking).called("cuStreamCreate");
-        let (stream, copies, side) = (new_stream()?, new_stream()?, new_stream()?);
+        let (stream, copies, side, communication) =
+            (new_stream()?, new_stream()?, new_stream()?, new_stream()?);
         let architecture = Architecture::of(properties.capability);
         let pool = Pool::new(device, properties.memory)?;
         let blas = Blas::new(&pool, stream)?;
         let units = Units::new(Compiler::new()?, architecture);
         let (staging, blas) = (Mutex::new(Staging::default()), Mutex::new(blas));
-        Ok(Self { ordinal, context, stream, copies, side, properties, pool, staging, units, blas })
+        Ok(Self {
+            ordinal,
+            context,
+            stream,
+            copies,
+            side,
+            communication,
+            properties,
+            pool,
+            staging,
+            units,
+            blas,
+        })
     }
 
     /// The device's number.
@@ -158,8 +175,14 @@ impl Gpu {
         Ok(())
     }
 
+    /// The stream that this thread's calls go to.
     pub(crate) fn stream(&self) -> sys::CUstream {
-        self.stream
+        if end_of_beside().is_some() { self.communication } else { self.stream }
+    }
+
+    /// The communication stream, or the compute stream.
+    pub(crate) fn one_of_two(&self, is_beside: bool) -> sys::CUstream {
+        if is_beside { self.communication } else { self.stream }
     }
 
     pub(crate) fn copies(&self) -> sys::CUstream {
@@ -183,23 +206,46 @@ impl Gpu {
         done
     }
 
+    /// Asks the communication stream for what `f` asks for: after everything that was asked for so far, and beside what
+    /// is asked for next. Memory that `f` takes the address of is waited for where its address is taken next, see
+    /// [`Memory::address`](crate::Memory::address). Matrix products are not for `f`: they stay on the compute stream.
+    pub fn beside<T, E: From<Error>>(&self, f: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        self.bind()?;
+        Self::order(self.stream, self.communication)?;
+        let end = Arc::new(Event::new()?);
+        let outer = BESIDE.replace(Some(end.clone()));
+        assert!(outer.is_none(), "work beside the compute stream has begun already");
+        let done = f();
+        BESIDE.set(None);
+        end.record(self.communication)?;
+        done
+    }
+
+    /// Lets what is asked for next on the compute stream, and beside it, wait for an event.
+    pub(crate) fn wait_for(&self, event: &Event) -> Result<()> {
+        self.bind()?;
+        [self.stream, self.side].into_iter().try_for_each(|stream| event.hold(stream))
+    }
+
     /// The stream that kernels are launched on.
     pub(crate) fn launch_stream(&self) -> sys::CUstream {
-        if ON_SIDE.get() { self.side } else { self.stream }
+        if ON_SIDE.get() { self.side } else { self.stream() }
     }
 
     /// Waits until everything asked for so far is done.
     pub fn synchronize(&self) -> Result<()> {
         self.bind()?;
-        // SAFETY: the stream lives as long as the device.
-        unsafe { result::stream::synchronize(self.stream) }.called("cuStreamSynchronize")
+        [self.stream, self.communication].into_iter().try_for_each(|stream| {
+            // SAFETY: the streams live as long as the device.
+            unsafe { result::stream::synchronize(stream) }.called("cuStreamSynchronize")
+        })
     }
 
-    /// Marks this point of the compute stream.
+    /// Marks this point of the stream that this thread's calls go to.
     pub fn record(&self) -> Result<Event> {
         self.bind()?;
         let event = Event::new()?;
-        event.record(self.stream)?;
+        event.record(self.stream())?;
         Ok(event)
     }
 
@@ -207,10 +253,13 @@ impl Gpu {
     pub(crate) fn order(earlier: sys::CUstream, later: sys::CUstream) -> Result<()> {
         let event = Event::new()?;
         event.record(earlier)?;
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: both streams and the event are valid; the driver keeps the event until it is passed.
-        unsafe { result::stream::wait_event(later, event.handle, flags) }.called("cuStreamWaitEvent")
+        event.hold(later)
     }
+}
+
+/// The end of the work beside the compute stream that this thread is asking for, if it is.
+pub(crate) fn end_of_beside() -> Option<Arc<Event>> {
+    BESIDE.with_borrow(Clone::clone)
 }
 
 impl Event {
@@ -222,6 +271,13 @@ impl Event {
     pub(crate) fn record(&self, stream: sys::CUstream) -> Result<()> {
         // SAFETY: both handles are valid.
         unsafe { result::event::record(self.handle, stream) }.called("cuEventRecord")
+    }
+
+    /// Lets a stream wait for it.
+    fn hold(&self, stream: sys::CUstream) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event are valid; the driver keeps the event until it is passed.
+        unsafe { result::stream::wait_event(stream, self.handle, flags) }.called("cuStreamWaitEvent")
     }
 
     /// Whether the stream has passed it.

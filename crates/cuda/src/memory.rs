@@ -1,13 +1,14 @@
 //! Device memory from the driver's stream-ordered pool. Freed memory stays in the pool, so that a step whose shapes
 //! were seen before takes nothing from the system and waits for nothing.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{result, sys};
 
 use crate::error::{Called, driver_text};
-use crate::{Error, Gpu, Result};
+use crate::gpu::end_of_beside;
+use crate::{Error, Event, Gpu, Result};
 
 /// What this process has taken of a device's memory, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub struct Memory {
     gpu: &'static Gpu,
     address: u64,
     bytes: usize,
+    /// Where the communication stream is done with it, if that used it last ([`Gpu::beside`]).
+    beside: Mutex<Option<Arc<Event>>>,
 }
 
 #[derive(Debug)]
@@ -94,7 +97,7 @@ impl Gpu {
     pub(crate) fn alloc_on(&'static self, bytes: usize, stream: sys::CUstream) -> Result<Arc<Memory>> {
         self.bind()?;
         let address = self.pool.take(bytes, stream)?;
-        Ok(Arc::new(Memory { gpu: self, address, bytes }))
+        Ok(Arc::new(Memory { gpu: self, address, bytes, beside: Mutex::new(end_of_beside()) }))
     }
 
     /// Writes zeros.
@@ -137,8 +140,15 @@ impl Gpu {
 }
 
 impl Memory {
-    /// The address on the device.
+    /// The address on the device, for the next call. If the communication stream used it last and the call is not for
+    /// that stream, the call waits for it.
     pub fn address(&self) -> u64 {
+        let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
+        match end_of_beside() {
+            Some(end) => *beside = Some(end),
+            // A stream that cannot wait is a lost device, as the call will say.
+            None => drop(beside.take().map(|end| self.gpu.wait_for(&end))),
+        }
         self.address
     }
 
@@ -157,8 +167,11 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // A lost device reports itself at the next call that can fail; here there is nobody to tell.
         let _ = self.gpu.bind();
+        // Each stream frees what it used last: it comes after all earlier uses by the other.
+        let is_beside = self.beside.get_mut().is_ok_and(|end| end.is_some());
+        let stream = self.gpu.one_of_two(is_beside);
         // SAFETY: the address came from the pool, and this is its last handle.
-        let _ = unsafe { result::free_async(self.address, self.gpu.stream()) };
+        let _ = unsafe { result::free_async(self.address, stream) };
         self.gpu.pool.held.fetch_sub(self.bytes, Relaxed);
     }
 }

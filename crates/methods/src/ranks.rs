@@ -54,17 +54,15 @@ impl Ranks {
         Counts { tensor: self.tensor.as_ref().map_or(1, |ranks| ranks.size()), sequence, exchange }
     }
 
-    /// The gradients of a step's batches, from what this rank has of them: sums over the ranks of the sequence. All ranks
-    /// call this once the backward is done, before gradients are summed over ranks that train on other batches; a gradient
-    /// that nothing added to is zeros.
-    pub fn add_up(&self, params: &Params, grads: &mut Grads) -> Result<()> {
-        let Some(Sequence { ranks, .. }) = self.sequence() else { return Ok(()) };
-        for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
-            let mut sum = taken(grads, id, param)?;
+    /// A parameter's gradient of a step's batches, from what this rank has of it once it is final: the sum over the ranks
+    /// of the sequence. All ranks call this for every trainable parameter, in the same order, before gradients are summed
+    /// over ranks that train on other batches; a gradient that nothing added to is zeros.
+    pub fn add_up(&self, param: &Param, own: Option<Tensor>) -> specforge_tensor::Result<Tensor> {
+        let mut sum = own.map_or_else(|| Tensor::zeros(param.value.device(), param.value.shape()), Ok)?;
+        if let Some(Sequence { ranks, .. }) = self.sequence() {
             ranks.all_reduce(&mut sum, Combine::Sum)?;
-            grads.set(id, sum);
         }
-        Ok(())
+        Ok(sum)
     }
 
     /// Settles gradients that several of the ranks that share matrices have: those of the same piece of a matrix add up,

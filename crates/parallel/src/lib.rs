@@ -18,5 +18,5 @@ mod watch;
 
 pub use mesh::{Mesh, MeshShape, Place};
 pub use say::tell;
-pub use shard::{Level, Shards, sum};
+pub use shard::{Level, Shards, leaving, sum};
 pub use watch::{Alarm, Watch};

@@ -64,6 +64,17 @@ impl Shards {
         padded(&own, n)?.reshape(&[n])
     }
 
+    /// Bytes that leave this rank where a gradient of `len` elements is reduced.
+    pub fn reduce_bytes(&self, len: usize) -> u64 {
+        let part = (self.part_len(len) * self.reduce.size()) as u64;
+        leaving(part * self.parts.size() as u64, self.parts.size()) + 2 * leaving(part, self.replicas.size())
+    }
+
+    /// Bytes that leave this rank where a tensor is gathered from parts like this one.
+    pub fn gather_bytes(&self, part: &Tensor) -> u64 {
+        leaving((part.len() * self.parts.size() * part.dtype().size()) as u64, self.parts.size())
+    }
+
     /// This rank's part of the sum of all ranks' gradients, float32 `[part_len]`.
     pub fn reduce(&self, grad: &Tensor) -> Result<Tensor> {
         let n = self.part_len(grad.len());
@@ -91,6 +102,12 @@ fn padded(column: &Tensor, n: usize) -> Result<Tensor> {
         padded.append_rows(&column.zeros_like(&[n - column.len(), 1])?)?;
     }
     Ok(padded)
+}
+
+/// Bytes that leave each of so many ranks where a tensor of `bytes` is reduced to parts of it, or gathered from parts,
+/// by a ring; an all-reduce does both (Patarasuk and Yuan, 2009).
+pub fn leaving(bytes: u64, ranks: usize) -> u64 {
+    bytes * (ranks as u64 - 1) / ranks as u64
 }
 
 /// The sum of all ranks' gradients, float32, sent as `reduce`.

@@ -62,6 +62,15 @@ impl Device {
         }
     }
 
+    /// Lets a device do what `f` asks for, collectives and what they need, beside what it is asked for next; whatever
+    /// uses the same tensors next waits for it. On the CPU it is done at once.
+    pub fn beside<T>(self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        match self.gpu() {
+            Some(gpu) => gpu.beside(f),
+            None => f(),
+        }
+    }
+
     /// Waits until the device has done everything asked of it.
     pub fn synchronize(self) -> Result<()> {
         self.gpu().map_or(Ok(()), |gpu| Ok(gpu.synchronize()?))

@@ -17,7 +17,8 @@ pub enum Combine {
 /// Some ranks that compute together, seen from one of them.
 ///
 /// Every rank of the group makes the same calls in the same order, with tensors of the same shape and element type
-/// (float32, bfloat16, float64 or row numbers). On a device a call is asked for on its compute stream and does not wait.
+/// (float32, bfloat16, float64 or row numbers). On a device a call is asked for on its compute stream, or beside it
+/// ([`Device::beside`](crate::Device::beside)), and does not wait.
 /// bfloat16 is added up in float32 and rounded once where the transport allows it. The values of all ranks after a call
 /// are the same bits wherever it gives all ranks the same values. A rank that is gone, late or out of step is an error
 /// that names it, never a call that waits for ever.

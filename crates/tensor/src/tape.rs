@@ -1,10 +1,12 @@
 //! The tape: records each operation's backward while the forward runs, and replays them in reverse.
 
+mod finals;
 mod waiting;
 
 use std::cell::RefCell;
 use std::fmt;
 
+use finals::Finals;
 pub(crate) use waiting::Product;
 use waiting::{Products, Waiting};
 
@@ -64,6 +66,11 @@ impl Slot {
 pub(crate) trait Backward {
     /// Adds the gradients of the operation's inputs and parameters, given that of its output.
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()>;
+
+    /// The parameters to whose gradients it adds.
+    fn params(&self) -> Vec<ParamId> {
+        Vec::new()
+    }
 }
 
 /// Where a backward puts its gradients.
@@ -73,6 +80,8 @@ pub(crate) struct Sink<'p> {
     grads: Grads,
     products: Products,
     waiting: Vec<Waiting>,
+    /// Parameters whose gradients are final: nothing may be added any more.
+    closed: Vec<ParamId>,
 }
 
 impl Sink<'_> {
@@ -134,6 +143,7 @@ impl Sink<'_> {
         if !self.params.get(id).trainable {
             return f(None);
         }
+        self.expect_open(&[id]);
         self.grads.with(self.params, &[id], |grads| f(grads.first_mut()))
     }
 
@@ -144,6 +154,7 @@ impl Sink<'_> {
         f: impl FnOnce(&mut [Tensor], bool) -> Result<()>,
     ) -> Result<()> {
         if ids.iter().all(|id| self.params.get(*id).trainable) {
+            self.expect_open(ids);
             self.grads.with_fresh(self.params, ids, f)?;
         }
         Ok(())
@@ -156,11 +167,15 @@ impl Sink<'_> {
         f: impl FnOnce(&mut [Tensor]) -> Result<()>,
     ) -> Result<()> {
         if ids.iter().all(|id| self.params.get(*id).trainable) && !ids.is_empty() {
+            self.expect_open(ids);
             self.grads.with(self.params, ids, f)?;
         }
         Ok(())
     }
 }
+
+/// Who is told of final gradients; see [`Tape::backward_telling`].
+type Told<'a> = &'a mut dyn FnMut(&[ParamId], &mut Grads) -> Result<()>;
 
 /// A recording of operations over the parameters of one model.
 pub struct Tape<'p> {
@@ -292,13 +307,23 @@ impl<'p> Tape<'p> {
 
     /// Runs all recorded operations in reverse from the losses on the tape; returns the parameters' gradients.
     pub fn backward(self) -> Result<Grads> {
+        self.backward_telling(|_, _| Ok(()))
+    }
+
+    /// As [`Tape::backward`], and tells of trainable parameters whose gradients are final: no operation that is left adds
+    /// to them. `told` may take them out. Parameters that only the loss reads come first, before any operation, then in
+    /// the reverse of the order in which operations first used them; those that nothing used are told of too.
+    pub fn backward_telling(
+        self,
+        mut told: impl FnMut(&[ParamId], &mut Grads) -> Result<()>,
+    ) -> Result<Grads> {
         let seeds = self.seeds.take();
-        self.backward_from(seeds)
+        Ok(self.replay(seeds, &mut told)?.grads)
     }
 
     /// As [`Tape::backward`], from given gradients of given values.
     pub fn backward_from(self, seeds: Vec<(Var, Tensor)>) -> Result<Grads> {
-        Ok(self.replay(seeds)?.grads)
+        Ok(self.replay(seeds, &mut |_, _| Ok(()))?.grads)
     }
 
     /// The gradients that terminal operations have left, for [`Tape::backward_to`].
@@ -314,18 +339,21 @@ impl<'p> Tape<'p> {
         seeds: Vec<(Var, Tensor)>,
         leaves: &[Var],
     ) -> Result<(Grads, Vec<Tensor>)> {
-        let Sink { by_node, grads, .. } = self.replay(seeds)?;
+        let Sink { by_node, grads, .. } = self.replay(seeds, &mut |_, _| Ok(()))?;
         let of = |v: &Var| by_node[v.node.expect("a leaf")].clone();
         let zeros = |v: &Var| Tensor::zeros(v.value.device(), v.value.shape());
         let d = leaves.iter().map(|v| of(v).map_or_else(|| zeros(v), Ok)).collect::<Result<_>>()?;
         Ok((grads, d))
     }
 
-    fn replay(self, seeds: Vec<(Var, Tensor)>) -> Result<Sink<'p>> {
+    fn replay(self, seeds: Vec<(Var, Tensor)>, told: Told<'_>) -> Result<Sink<'p>> {
         let nodes = self.nodes.map(RefCell::into_inner).unwrap_or_default();
         let by_node = (0..nodes.len()).map(|_| None).collect();
         let (grads, products) = (self.grads.into_inner(), self.products.into_inner());
-        let mut sink = Sink { params: self.params, by_node, grads, products, waiting: Vec::new() };
+        let (waiting, closed) = Default::default();
+        let mut sink = Sink { params: self.params, by_node, grads, products, waiting, closed };
+        let finals = Finals::of(&nodes, self.params);
+        sink.close(finals.at_start(), told)?;
         for (var, d) in seeds {
             sink.add(&var, d)?;
         }
@@ -335,8 +363,8 @@ impl<'p> Tape<'p> {
             if let Some(d) = d {
                 node.backward(d, &mut sink)?;
             }
+            sink.close(finals.after(i), told)?;
         }
-        sink.settle_all()?;
         Ok(sink)
     }
 }

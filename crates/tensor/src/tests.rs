@@ -6,6 +6,7 @@ pub(crate) mod adam;
 pub(crate) mod alone;
 pub(crate) mod attention;
 pub(crate) mod delta;
+mod finals;
 mod finite_difference;
 pub(crate) mod frozen;
 mod invariants;

@@ -34,6 +34,20 @@ pub fn test_device() -> String {
     std::env::var("SPECFORGE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned())
 }
 
+/// Whether `mpirun` started this process.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the environment is how mpirun tells a process that it is a rank"
+)]
+pub fn is_rank() -> bool {
+    std::env::var_os("OMPI_COMM_WORLD_RANK").is_some()
+}
+
+/// The test program itself, to be started once more.
+pub(crate) fn this_program() -> PathBuf {
+    std::env::current_exe().expect("a test is a program")
+}
+
 /// The folder of the case `name` (a path below [`golden_dir`], `targets/llama` for example).
 ///
 /// `None` after saying so when the case is not there: the test should then return.

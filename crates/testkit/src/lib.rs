@@ -7,15 +7,19 @@ mod compare;
 mod golden;
 mod http;
 mod hub;
+mod mpi;
 mod random;
 mod target;
 mod tensors;
 mod torch;
 
 pub use compare::{assert_close, assert_close_max};
-pub use golden::{announce_skip, case_json, golden_case, golden_cases, golden_dir, own_case, test_device};
+pub use golden::{
+    announce_skip, case_json, golden_case, golden_cases, golden_dir, is_rank, own_case, test_device,
+};
 pub use http::{HttpRequest, HttpResponse, HttpServer};
 pub use hub::{COMMIT, Fault, TestHub, Uploads};
+pub use mpi::{mpirun, passes_on_ranks, test_on_ranks};
 pub use random::Lcg;
 pub use target::{CHATML, SmallTarget, TargetTensor, byte_level_tokenizer, tokenizer_config};
 pub use tensors::{Tensor, Tensors, Values};

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use specforge_methods::{Exchange, Sequence};
 use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
-use specforge_parallel::{Level, Mesh, MeshShape, Shards, sum};
-use specforge_tensor::{Across, DType, Grads, Later, Param, ParamId, Params, Tensor};
+use specforge_parallel::{Level, Mesh, MeshShape, Shards, leaving, sum};
+use specforge_tensor::{Across, DType, Device, Grads, Group, Later, Param, ParamId, Params, Tensor};
 
 use crate::Result;
 use crate::checkpoint::{Index, Saved, Wanted};
@@ -66,6 +66,20 @@ pub struct Optimizer {
     adamw: AdamW,
     ranks: Option<Ranks>,
     parts: Option<Parts>,
+    /// Sums over micro-batches and ranks so far in this step, of parameters or of this rank's parts.
+    sums: Grads,
+    sent: Sent,
+}
+
+/// What left this rank for others so far, in bytes, where collectives are rings.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Gradients.
+    pub gradients: u64,
+    /// Of them, those that left while the backward had more gradients to compute.
+    pub overlapped: u64,
+    /// Updated weights, which leave before the next step's forward and are waited for where it reads them.
+    pub weights: u64,
 }
 
 /// This rank's part of every trained parameter.
@@ -75,8 +89,6 @@ struct Parts {
     params: Params,
     /// The whole parameter, its part and its shape.
     whole: Vec<(ParamId, ParamId, Vec<usize>)>,
-    /// Sums over micro-batches and ranks so far in this step.
-    grads: Grads,
 }
 
 impl Optimizer {
@@ -87,7 +99,7 @@ impl Optimizer {
             _ => None,
         };
         let adamw = AdamW::new(config, parts.as_ref().map_or(params, |parts| &parts.params))?;
-        Ok(Self { adamw, ranks, parts })
+        Ok(Self { adamw, ranks, parts, sums: Grads::new(), sent: Sent::default() })
     }
 
     /// The settings.
@@ -105,56 +117,94 @@ impl Optimizer {
         self.ranks.as_ref()
     }
 
+    /// What left this rank for others since it was made.
+    pub fn sent(&self) -> Sent {
+        self.sent
+    }
+
     /// Makes sure that every parameter is there whole. All ranks call this.
-    pub fn gather(&self, params: &mut Params) -> Result<()> {
+    pub fn gather(&mut self, params: &mut Params) -> Result<()> {
         let Some(parts) = &self.parts else { return Ok(()) };
         if parts.whole.iter().all(|(id, _, shape)| params.get(*id).value.shape() == shape) {
             return Ok(());
         }
-        let values = parts
-            .whole
-            .iter()
-            .map(|(id, part, shape)| Ok((*id, parts.shards.gather(&parts.params.get(*part).value, shape)?)));
-        Ok(params.fill(values.collect::<Result<_>>()?)?)
+        self.sent.weights += parts.bytes();
+        Ok(parts.device().beside(|| {
+            let whole = |(id, part, shape): &(ParamId, ParamId, Vec<usize>)| {
+                Ok((*id, parts.shards.gather(&parts.params.get(*part).value, shape)?))
+            };
+            params.fill(parts.whole.iter().map(whole).collect::<specforge_tensor::Result<_>>()?)
+        })?)
     }
 
-    /// Whether gradients are sent after every micro-batch.
-    pub(crate) fn sends_every_micro_batch(&self) -> bool {
-        self.ranks.as_ref().is_some_and(|ranks| matches!(ranks.level, Level::Gradients | Level::Full))
+    /// Whether gradients are sent after a micro-batch: every one, or the last of a step.
+    pub(crate) fn sends_after(&self, is_last: bool) -> bool {
+        let each = |level| matches!(level, Level::Gradients | Level::Full);
+        self.ranks.as_ref().is_some_and(|ranks| is_last || each(ranks.level))
     }
 
-    /// Adds a micro-batch's gradients to this rank's part of the sum over all ranks. All ranks call this.
-    pub(crate) fn send(&mut self, params: &Params, grads: &mut Grads) -> Result<()> {
-        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.of_batch().add_up(params, grads))?;
-        self.parts.as_mut().map_or(Ok(()), |parts| parts.add(grads))
+    /// Adds a parameter's final gradient to the sum over all ranks, or to this rank's part of it, without waiting for it.
+    /// All ranks call this in the same order. `overlapped`: the backward goes on.
+    pub(crate) fn send(
+        &mut self,
+        (id, param): (ParamId, &Param),
+        grad: Option<Tensor>,
+        overlapped: bool,
+    ) -> specforge_tensor::Result<()> {
+        let Some(ranks) = &self.ranks else { return Ok(()) };
+        let (parts, sums, len) = (&self.parts, &mut self.sums, param.value.len());
+        let part = parts.as_ref().map(|parts| (&parts.shards, parts.of(id)));
+        let id = part.map_or(id, |(_, part)| part);
+        // What is used once more here is dropped here too, and so goes back in order.
+        param.value.device().beside(|| {
+            let grad = ranks.of_batch().add_up(param, grad)?;
+            let more = match part {
+                Some((shards, _)) => shards.reduce(&grad)?,
+                None => sum(ranks.mesh.data.as_ref(), grad, ranks.reduce)?,
+            };
+            let sum = match sums.take(id) {
+                Some(mut sum) => {
+                    sum.device().kernels().add_assign(&mut sum, &more)?;
+                    sum
+                }
+                None => more,
+            };
+            sums.set(id, sum);
+            Ok(())
+        })?;
+        let all_reduce =
+            |group: &dyn Group, element: usize| 2 * leaving((len * element) as u64, group.size());
+        let to_others = match part {
+            Some((shards, _)) => shards.reduce_bytes(len),
+            None => all_reduce(ranks.mesh.data.as_ref(), ranks.reduce.size()),
+        };
+        let bytes = to_others + all_reduce(ranks.mesh.sequence.as_ref(), DType::F32.size());
+        self.sent.gradients += bytes;
+        self.sent.overlapped += if overlapped { bytes } else { 0 };
+        Ok(())
     }
 
-    /// One step with what was sent and `grads`. All ranks call this.
+    /// One step with what was sent, or alone with `grads`. All ranks call this.
     pub(crate) fn step(
         &mut self,
         params: &mut Params,
-        mut grads: Grads,
+        grads: &Grads,
         (weight, lr): (f64, f64),
     ) -> Result<Later<StepReport>> {
-        let Some(ranks) = &self.ranks else { return Ok(self.adamw.step(params, &grads, weight, lr)?) };
+        let Some(ranks) = &self.ranks else { return Ok(self.adamw.step(params, grads, weight, lr)?) };
         let (of_batch, across) = (ranks.of_batch(), ranks.across());
         let weight_lr = (weight / ranks.per_batch() as f64, lr);
-        let is_sent = matches!(ranks.level, Level::Gradients | Level::Full);
-        if !is_sent {
-            of_batch.add_up(params, &mut grads)?;
-        }
+        let mut sums = std::mem::take(&mut self.sums);
         let Some(parts) = &mut self.parts else {
-            sum_all(ranks, params, &mut grads)?;
-            of_batch.agree(params, &mut grads)?;
-            return Ok(self.adamw.step_across(params, &grads, weight_lr, &across)?);
+            of_batch.agree(params, &mut sums)?;
+            return Ok(self.adamw.step_across(params, &sums, weight_lr, &across)?);
         };
-        if !is_sent {
-            parts.add(&mut grads)?;
-        }
-        let mut sums = std::mem::take(&mut parts.grads);
         of_batch.agree(&parts.params, &mut sums)?;
         let report = self.adamw.step_across(&mut parts.params, &sums, weight_lr, &across)?;
         parts.hand_back(params, ranks.level)?;
+        if ranks.level != Level::Full {
+            self.sent.weights += parts.bytes();
+        }
         Ok(report)
     }
 
@@ -236,35 +286,36 @@ impl Parts {
             cut.get_mut(part).split = param.split;
             whole.push((id, part, param.value.shape().to_vec()));
         }
-        Ok(Self { shards, params: cut, whole, grads: Grads::new() })
+        Ok(Self { shards, params: cut, whole })
     }
 
-    fn add(&mut self, grads: &mut Grads) -> Result<()> {
-        for (id, part, shape) in &self.whole {
-            let device = self.params.get(*part).value.device();
-            let grad = grads.take(*id).map_or_else(|| Tensor::zeros(device, shape), Ok)?;
-            let own = self.shards.reduce(&grad)?;
-            let sum = match self.grads.take(*part) {
-                Some(mut sum) => {
-                    device.kernels().add_assign(&mut sum, &own)?;
-                    sum
-                }
-                None => own,
-            };
-            self.grads.set(*part, sum);
-        }
-        Ok(())
+    /// The part of a whole parameter.
+    fn of(&self, id: ParamId) -> ParamId {
+        let found = self.whole.iter().find(|(whole, ..)| *whole == id);
+        found.map(|(_, part, _)| *part).expect("every trained parameter was cut")
     }
 
-    /// Whole parameters from everyone's parts; or, where they are spread too, nothing until they are needed.
+    fn device(&self) -> Device {
+        self.params.iter().next().map_or(Device::Cpu, |(_, param)| param.value.device())
+    }
+
+    /// Bytes that leave this rank where all parameters are gathered.
+    fn bytes(&self) -> u64 {
+        self.params.iter().map(|(_, part)| self.shards.gather_bytes(&part.value)).sum()
+    }
+
+    /// Whole parameters from everyone's parts, each waited for where it is used; or, where they are spread too, nothing
+    /// until they are needed.
     fn hand_back(&self, params: &mut Params, level: Level) -> Result<()> {
         if level == Level::Full {
             let ids: Vec<ParamId> = self.whole.iter().map(|(id, ..)| *id).collect();
             return Ok(params.release(&ids)?);
         }
         for (id, part, shape) in &self.whole {
-            let whole = self.shards.gather(&self.params.get(*part).value, shape)?;
-            params.get_mut(*id).value.assign(&whole)?;
+            let value = &mut params.get_mut(*id).value;
+            value
+                .device()
+                .beside(|| value.assign(&self.shards.gather(&self.params.get(*part).value, shape)?))?;
         }
         Ok(())
     }
@@ -282,14 +333,4 @@ impl Parts {
         let own = tensor.reshape(&[tensor.len(), 1])?.rows(0..n)?.reshape(&[n])?;
         Ok((name, own))
     }
-}
-
-/// Sums every gradient over all ranks that train on other rows.
-fn sum_all(ranks: &Ranks, params: &Params, grads: &mut Grads) -> Result<()> {
-    for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
-        let device = param.value.device();
-        let own = grads.take(id).map_or_else(|| Tensor::zeros(device, param.value.shape()), Ok)?;
-        grads.set(id, sum(ranks.mesh.data.as_ref(), own, ranks.reduce)?);
-    }
-    Ok(())
 }

@@ -5,6 +5,7 @@ use specforge_nn::optimizer::StepReport;
 use specforge_tensor::{Grads, Later, Params, Tape};
 
 use crate::log::Figures;
+use crate::sending::Sending;
 use crate::{Error, Optimizer, Result};
 
 /// What a step did.
@@ -29,23 +30,27 @@ pub(crate) struct PendingStep {
 ///
 /// Nothing waits for a device; [`PendingStep::wait`] does. A step whose loss or gradient is not finite applies nothing.
 /// With `shrink`, a step that does not fit into device memory is taken again with its micro-batches halved: as much of
-/// it as was not sent to other ranks. A rank may be without rows; it takes part in everything else.
+/// it as was not sent to other ranks. A rank may be without rows; it takes part in everything else. Gradients leave for
+/// other ranks while the backward of the last micro-batch (or of each) goes on.
 pub(crate) fn step(
     method: &dyn DraftMethod,
     (params, optimizer): (&mut Params, &mut Optimizer),
-    batches: impl Iterator<Item = Result<Option<Batch>>>,
+    batches: impl ExactSizeIterator<Item = Result<Option<Batch>>>,
     (lr, shrink): (f64, bool),
 ) -> Result<PendingStep> {
     let number = optimizer.steps() + 1;
     optimizer.gather(params)?;
     let (mut sent, mut sums) = (Sums::default(), Sums::default());
     let mut kept = Vec::new();
-    for batch in batches {
+    let n_batches = batches.len();
+    for (i, batch) in batches.enumerate() {
+        let mut sending = optimizer.sends_after(i + 1 == n_batches).then(|| Sending::new(optimizer, params));
         if let Some(batch) = batch? {
-            micro_batch(method, params, (batch, number), (&mut kept, &mut sums), shrink)?;
+            let sums = (&mut kept, &mut sums);
+            micro_batch(method, params, (batch, number), sums, (shrink, sending.as_mut()))?;
         }
-        if optimizer.sends_every_micro_batch() {
-            optimizer.send(params, &mut sums.grads)?;
+        if let Some(sending) = sending {
+            sending.rest(&mut sums.grads)?;
             sent.take_in(std::mem::take(&mut sums));
             kept.clear();
         }
@@ -53,7 +58,7 @@ pub(crate) fn step(
     sent.take_in(sums);
     let Sums { grads, weight, losses, rows, tokens } = sent;
     // Divide once, clip, update; nothing is updated if the norm is not finite.
-    let report = optimizer.step(params, grads, (weight, lr))?;
+    let report = optimizer.step(params, &grads, (weight, lr))?;
     Ok(PendingStep { number, rows, losses, report, tokens })
 }
 
@@ -63,12 +68,15 @@ fn micro_batch(
     params: &Params,
     (batch, number): (Batch, u64),
     (kept, sums): (&mut Vec<Batch>, &mut Sums),
-    shrink: bool,
+    (shrink, mut sending): (bool, Option<&mut Sending<'_>>),
 ) -> Result<()> {
     let tokens = batch.n_tokens();
-    match sums.add(method, params, &batch, number) {
-        Err(error) if shrink && error.is_out_of_memory() => {
+    let added = sums.add(method, params, (&batch, number), sending.as_deref_mut());
+    let may_repeat = shrink && sending.is_none_or(|sending| !sending.is_broken);
+    match added {
+        Err(error) if may_repeat && error.is_out_of_memory() => {
             kept.push(batch);
+            // What was sent by now is complete: it is computed again and left alone.
             (*kept, *sums) = again(method, params, std::mem::take(kept), number)?;
         }
         Err(error) => return Err(error.of_batch(tokens)),
@@ -99,7 +107,13 @@ impl Sums {
     }
 
     /// One micro-batch. After an error the sums are of no use.
-    fn add(&mut self, method: &dyn DraftMethod, params: &Params, batch: &Batch, number: u64) -> Result<()> {
+    fn add(
+        &mut self,
+        method: &dyn DraftMethod,
+        params: &Params,
+        (batch, number): (&Batch, u64),
+        sending: Option<&mut Sending<'_>>,
+    ) -> Result<()> {
         self.rows.extend(&batch.rows);
         self.tokens += batch.n_tokens() as u64;
         // Forward; the loss leaves its gradients on the tape.
@@ -111,7 +125,10 @@ impl Sums {
         }
         self.losses.push((pending.loss, batch.n_tokens()));
         // Backward; gradients add up over the micro-batches.
-        self.grads = tape.backward()?;
+        self.grads = match sending {
+            Some(sending) => tape.backward_telling(|ids, grads| sending.told(ids, grads))?,
+            None => tape.backward()?,
+        };
         Ok(())
     }
 }
@@ -134,7 +151,7 @@ fn again(
         let is_smaller = halves.len() > batches.len();
         batches = halves;
         let mut sums = Sums::default();
-        match batches.iter().try_for_each(|batch| sums.add(method, params, batch, number)) {
+        match batches.iter().try_for_each(|batch| sums.add(method, params, (batch, number), None)) {
             Err(error) if error.is_out_of_memory() && is_smaller => {}
             Err(error) => return Err(error.of_batch(batches.iter().map(Batch::n_tokens).max().unwrap_or(0))),
             Ok(()) => return Ok((batches, sums)),

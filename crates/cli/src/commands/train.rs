@@ -28,7 +28,7 @@ use super::export;
 use crate::lock;
 use crate::ranks::{self, Ending, Rank};
 use crate::setup::{self, RecipeArgs};
-use crate::show::{note, positions, print, rate, table};
+use crate::show::{bytes, note, positions, print, rate, table};
 use crate::warm_start;
 
 /// Train a draft, measure its acceptance length by real decoding, and export the folder that SGLang loads.
@@ -77,9 +77,32 @@ struct Summary {
     decode_tokens_per_second: Option<f64>,
     plain_tokens_per_second: Option<f64>,
     best_step: u64,
+    /// Bytes that left the first rank in a step; nothing alone.
+    sent: Option<Sent>,
     export_dir: PathBuf,
     /// Of the whole command.
     seconds: f64,
+}
+
+/// Bytes of a step.
+#[derive(Debug, Serialize)]
+struct Sent {
+    gradients: u64,
+    /// Of the gradients: left while the backward had more to compute.
+    overlapped: u64,
+    weights: u64,
+}
+
+impl Sent {
+    fn of(optimizer: &Optimizer, steps: u64) -> Option<Self> {
+        let sent = optimizer.sent();
+        let of_step = |bytes: u64| bytes / steps.max(1);
+        optimizer.ranks().map(|_| Self {
+            gradients: of_step(sent.gradients),
+            overlapped: of_step(sent.overlapped),
+            weights: of_step(sent.weights),
+        })
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -99,7 +122,7 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), ranks)?;
     let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
     let training = Instant::now();
-    let tokens_before = trainer.state.tokens;
+    let (tokens_before, steps_before) = (trainer.state.tokens, trainer.state.position.step);
     let mut hooks = Terminal::new(&mut decoder, stop_on_signal()?, trainer.settings.total_steps);
     let outcome = trainer.run(source.as_mut(), &mut hooks);
     hooks.progress.done();
@@ -140,6 +163,7 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
         decode_tokens_per_second: report.as_ref().and_then(|r| r.tokens_per_second),
         plain_tokens_per_second: report.as_ref().and_then(|r| r.plain_tokens_per_second),
         best_step: best,
+        sent: Sent::of(&trainer.optimizer, trainer.state.position.step - steps_before),
         export_dir,
         seconds: started.elapsed().as_secs_f64(),
     };
@@ -295,7 +319,7 @@ fn shown(s: &Summary, plan: &RunPlan) -> String {
         }
         _ => "not measured".to_owned(),
     };
-    let rows = [
+    let mut rows = vec![
         ("acceptance length before", length(s.acceptance_length_untrained)),
         ("acceptance length after", length(s.acceptance_length)),
         ("accepted at draft position", positions(&s.acceptance_per_position)),
@@ -305,10 +329,18 @@ fn shown(s: &Summary, plan: &RunPlan) -> String {
             "training",
             format!("{} steps, {}, best at step {}", s.steps, rate(s.tokens_per_second), s.best_step),
         ),
+    ];
+    if let Some(Sent { gradients, overlapped, weights }) = &s.sent {
+        let [gradients, overlapped, weights] = [gradients, overlapped, weights].map(|n| bytes(*n));
+        let sent =
+            format!("{gradients} of gradients ({overlapped} beside the backward), {weights} of weights");
+        rows.push(("sent to other ranks a step", sent));
+    }
+    rows.extend([
         ("run", plan.run_dir.display().to_string()),
         ("exported folder for SGLang", s.export_dir.display().to_string()),
         ("time", format!("{:.0} s", s.seconds)),
-    ];
+    ]);
     table(&rows)
 }
 

@@ -136,44 +136,68 @@ fn parallel_a_stopped_run_goes_on_to_the_same_bits() {
     }
 }
 
-/// One rank of three is killed again and again, at random steps; the others end with an error each time.
+/// Kills of the test below, and how many of them a run has to get over.
+#[cfg(feature = "mpi")]
+const KILLS: (usize, usize) = (50, 5);
+
+/// A rank and how many lines are in the log when it is killed: the kills of one run, the same every time.
+#[cfg(feature = "mpi")]
+fn kills(lcg: &mut specforge_testkit::Lcg, ranks: usize, last: usize) -> Vec<(usize, usize)> {
+    let mut lines: Vec<usize> = (0..KILLS.1).map(|_| 1 + lcg.below(last)).collect();
+    lines.sort_unstable();
+    lines.into_iter().map(|lines| (lcg.below(ranks), lines)).collect()
+}
+
+/// Takes a run through its kills to the end: each time the other rank stops with an error.
+#[cfg(feature = "mpi")]
+fn survive(world: &World, name: &str, ranks: usize, kills: &[(usize, usize)], sets: &[&str]) {
+    let set = set(name);
+    let own = ["--set", set.as_str(), "--set", "train.auto-resume=true"];
+    let args = [&["train", "R"], sets, &own].concat();
+    for &(rank, lines) in kills {
+        // Never before it has got further than when it was killed last.
+        let lines = lines.max(logged(world, name) + 1);
+        let mut running = Running::of(on(world, How::Processes, ranks, &args));
+        running.wait_until(|| logged(world, name) >= lines);
+        let started = std::time::Instant::now();
+        let ran = running.kill_child(rank).expect("both ranks are at work");
+        let what = format!("{name}: rank {rank} killed at {lines}");
+        assert!(ran.code != Some(0) && ran.stderr.contains("signal 9"), "{what}: {ran:?}");
+        assert!(started.elapsed().as_secs() < 15, "{what}: the other went on");
+    }
+    ok(world, How::Processes, ranks, &args);
+    assert!(left(world, name) == left(world, "whole"), "{name} differs from the whole run: {kills:?}");
+}
+
+/// 50 times, one rank of two is killed so that it cannot clean up, at steps drawn from a seed. The other stops with an
+/// error; the run goes on to the bits of one that was never killed, and trains on every row once an epoch: tokens are
+/// among what is compared.
 #[cfg(feature = "mpi")]
 #[test]
 fn parallel_a_killed_rank_ends_the_others_and_the_run_goes_on_to_the_same_bits() {
     let Some(world) = world() else { return };
-    let (how, ranks) = (How::Processes, 3);
-    ok(&world, how, ranks, &["train", "R", "--set", "name=whole"]);
-    let steps = logged(&world, "whole");
+    let sets =
+        ["train.epochs=3", "train.save-every=2", "train.eval-every=0", "threads=1", "eval.max-prompts=1"];
+    let sets = sets.into_iter().chain(["eval.training-prompts=0"]).flat_map(|set| ["--set", set]);
+    let sets: Vec<&str> = sets.collect();
+    let ranks = 2;
+    ok(&world, How::Processes, ranks, &[&["train", "R", "--set", "name=whole"], sets.as_slice()].concat());
+    // Not the very last steps: a run must not be done before it is killed.
+    let last = logged(&world, "whole") * 2 / 3;
     let mut lcg = specforge_testkit::Lcg::new(11);
-    let mut killed = 0;
-    for run in 0..KILLED_RUNS {
-        let name = format!("killed-{run}");
-        let set = set(&name);
-        let args =
-            ["train", "R", "--set", &set, "--set", "train.auto-resume=true", "--set", "train.save-every=2"];
-        let mut lines = 0;
-        while lines < steps {
-            lines += 1 + lcg.below(7);
-            let mut running = Running::of(on(&world, how, ranks, &args));
-            running.wait_until(|| logged(&world, &name) >= lines);
-            let started = std::time::Instant::now();
-            let ran = running.kill_child(lcg.below(ranks));
-            if let Some(ran) = ran.filter(|ran| ran.code != Some(0)) {
-                killed += 1;
-                assert!(started.elapsed().as_secs() < 15, "the others went on");
-                assert!(ran.stderr.contains("signal 9"), "{}", ran.stderr);
-            }
+    let all: Vec<_> = (0..KILLS.0 / KILLS.1).map(|_| kills(&mut lcg, ranks, last)).collect();
+    // Two runs at a time: most of a run's time is its start.
+    let (world, sets, all) = (&world, &sets, &all);
+    std::thread::scope(|scope| {
+        for chain in 0..2 {
+            scope.spawn(move || {
+                for (run, kills) in all.iter().enumerate().skip(chain).step_by(2) {
+                    survive(world, &format!("killed-{run}"), ranks, kills, sets);
+                }
+            });
         }
-        ok(&world, how, ranks, &args);
-        assert!(left(&world, &name) == left(&world, "whole"), "{name} differs from the whole run");
-        assert_eq!(tokens(&world, &name), tokens(&world, "whole"), "every row once an epoch");
-    }
-    assert!(killed >= 3 * KILLED_RUNS, "only {killed} kills found the ranks at work");
+    });
 }
-
-/// Runs that are killed half a dozen times each.
-#[cfg(feature = "mpi")]
-const KILLED_RUNS: usize = 1;
 
 #[test]
 fn parallel_a_signal_saves_and_says_how_to_go_on() {
@@ -292,7 +316,11 @@ fn parallel_an_error_of_one_rank_is_the_error_of_the_run() {
     }
 }
 
-/// The first 20 steps of the quick start over its first rows.
+/// The first 20 steps of the quick start over its first rows: losses, and weights by the norm of each tensor.
+///
+/// AdamW divides a gradient by the root of its square, so in the first steps an element whose gradient is about nothing
+/// moves as far as any other, in a direction that the last digits of sums decide. That is why weights are compared with
+/// an epsilon above those gradients; with the recipe's own, they are held to what was measured.
 #[test]
 fn parallel_ranks_take_the_first_steps_of_the_quick_start() {
     let Some(world) = world() else { return };
@@ -300,19 +328,62 @@ fn parallel_ranks_take_the_first_steps_of_the_quick_start() {
     let recipe = fs_err::read_to_string(root.join("recipes/quickstart.toml")).unwrap();
     let assets = format!("{}/assets/", root.display());
     world.write("quick.toml", recipe.replace("assets/", &assets).replace("epochs = 1\n", "max-steps = 20\n"));
-    let sets =
+    let short =
         ["eval.max-prompts=1", "eval.training-prompts=0", "eval.max-new-tokens=4", "train.log-every=1"];
-    let args: Vec<&str> =
-        ["train", "quick.toml"].into_iter().chain(sets.iter().flat_map(|s| ["--set", s])).collect();
-    let named = |name: &'static str| [&args[..], &["--set", name]].concat();
-    world.ok(&named("name=alone"));
-    ok(&world, How::Threads, 4, &named("name=several"));
-    let losses = |name| steps(&world, name).iter().map(|step| f64_of(&step["loss"])).collect::<Vec<_>>();
-    let (got, want) = (losses("several"), losses("alone"));
-    assert_eq!((got.len(), want.len()), (20, 20));
-    for (step, (got, want)) in got.iter().zip(&want).enumerate() {
-        assert!((got / want - 1.0).abs() < 1e-6, "step {step}: {got}, alone {want}");
+    let train = |name: &str, ranks: usize, more: &[&str]| {
+        let own = set(name);
+        let sets = short.iter().chain(more).copied().chain([own.as_str()]).flat_map(|set| ["--set", set]);
+        let args: Vec<&str> = ["train", "quick.toml"].into_iter().chain(sets).collect();
+        if ranks == 0 {
+            world.ok(&args)
+        } else {
+            ok(&world, How::Threads, ranks, &args)
+        };
+    };
+    let check = |name: &str, other: &str, bound: f64| {
+        let losses =
+            |name: &str| steps(&world, name).iter().map(|step| f64_of(&step["loss"])).collect::<Vec<_>>();
+        let (got, want) = (losses(name), losses(other));
+        assert_eq!((got.len(), want.len()), (20, 20));
+        for (step, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert!((got / want - 1.0).abs() < 1e-6, "{name}, step {step}: {got}, alone {want}");
+        }
+        for (weight, off) in weights_off(&world, name, other) {
+            println!("{name}: {weight} {off:.2e}");
+            assert!(off < bound, "{name}: {weight} is off by {off:e}");
+        }
+    };
+    train("alone", 0, &[]);
+    train("dp4", 4, &[]);
+    check("dp4", "alone", 5e-6);
+    let eps = "train.optimizer.eps=1e-5";
+    train("alone-eps", 0, &[eps]);
+    for (name, ranks, more) in [
+        ("dp2-eps", 2, "parallel.sequence=1"),
+        ("dp4-eps", 4, "parallel.sequence=1"),
+        ("sp2-eps", 1, "parallel.sequence=2"),
+    ] {
+        train(name, ranks, &[eps, more]);
+        check(name, "alone-eps", 1e-6);
     }
+}
+
+/// |got - want| / |want| of every tensor of two runs' last drafts.
+fn weights_off(world: &World, name: &str, other: &str) -> Vec<(String, f64)> {
+    let draft = |name: &str| {
+        let latest = world.text(&format!("runs/{name}/checkpoints/latest"));
+        let file = format!("runs/{name}/checkpoints/{}/draft.safetensors", latest.trim());
+        specforge_testkit::Tensors::read(world.path(&file))
+    };
+    let (got, want) = (draft(name), draft(other));
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let floats = want.names().filter(|name| *name != "d2t" && *name != "t2d");
+    let off = floats.map(|name| {
+        let (got, want) = (got.f32(name).1, want.f32(name).1);
+        let off = norm(&mut got.iter().zip(&want).map(|(a, b)| f64::from(a - b)));
+        (name.to_owned(), off / norm(&mut want.iter().map(|b| f64::from(*b))))
+    });
+    off.collect()
 }
 
 /// Two GPUs, a process each that the program starts itself; skipped with fewer.

@@ -158,10 +158,7 @@ impl Ran {
 /// A command on so many ranks of MPI, on however few cores.
 #[cfg(feature = "mpi")]
 pub(crate) fn mpirun(command: &Command, ranks: usize) -> Command {
-    let mut mpirun = Command::new("mpirun");
-    mpirun.args(["-n", &ranks.to_string(), "--oversubscribe", "--allow-run-as-root", "--bind-to", "none"]);
-    // Ranks are on one machine: no network.
-    mpirun.args(["--mca", "btl", "self,vader", "--mca", "mpi_yield_when_idle", "1"]);
+    let mut mpirun = specforge_testkit::mpirun(ranks);
     mpirun.arg(command.get_program()).args(command.get_args()).stdin(Stdio::null());
     mpirun.current_dir(command.get_current_dir().unwrap());
     mpirun

@@ -103,13 +103,16 @@ impl Dims {
         Ok(dims)
     }
 
-    /// Every weight's checkpoint name and shape, in declaration order; the embedding comes first.
+    /// Every weight's checkpoint name and shape, in declaration order: the embedding, then the others about as a forward
+    /// comes to them, which is the reverse of the order in which gradients leave for other ranks.
     pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
         let (h, ht, i) = (self.hidden_size, self.target_hidden_size, self.intermediate_size);
         let q = self.num_attention_heads * self.head_dim;
         let kv = self.num_key_value_heads * self.head_dim;
-        let mut weights = vec![
-            ("embed_tokens.weight".to_owned(), vec![self.vocab_size, h]),
+        let names = if self.fc_norm { 0..N_CAPTURED } else { 0..0 };
+        let fc_norm = names.map(|a| (format!("fc_norm.{a}.weight"), vec![ht]));
+        let embed_tokens = ("embed_tokens.weight".to_owned(), vec![self.vocab_size, h]);
+        let weights = [
             ("fc.weight".to_owned(), vec![h, N_CAPTURED * ht]),
             ("midlayer.input_layernorm.weight".to_owned(), vec![h]),
             ("midlayer.hidden_norm.weight".to_owned(), vec![h]),
@@ -124,9 +127,6 @@ impl Dims {
             ("norm.weight".to_owned(), vec![h]),
             ("lm_head.weight".to_owned(), vec![self.draft_vocab_size, h]),
         ];
-        if self.fc_norm {
-            weights.extend((0..N_CAPTURED).map(|a| (format!("fc_norm.{a}.weight"), vec![ht])));
-        }
-        weights
+        std::iter::once(embed_tokens).chain(fc_norm).chain(weights).collect()
     }
 }

@@ -2,6 +2,8 @@
 //! the shortcuts (live rows, the embedding half once) against the plain form.
 
 mod parallel;
+#[cfg(feature = "mpi")]
+mod processes;
 mod ranks;
 
 use std::ops::Range;

@@ -1,26 +1,10 @@
 //! Ranks that are processes: each test starts itself again under `mpirun`.
-#![expect(clippy::disallowed_methods, reason = "a test asks whether mpirun started it")]
 
-use std::process::Command;
 use std::time::Duration;
 
 use specforge_parallel::mpi;
 use specforge_tensor::{Device, Tensor};
-
-fn is_rank() -> bool {
-    std::env::var_os("OMPI_COMM_WORLD_RANK").is_some()
-}
-
-/// Runs a test of this file on ranks; what they printed, and whether all ended well.
-fn on_ranks(test: &str, ranks: usize) -> (bool, String) {
-    let mut mpirun = Command::new("mpirun");
-    mpirun.args(["-n", &ranks.to_string(), "--oversubscribe", "--allow-run-as-root", "--bind-to", "none"]);
-    mpirun.args(["--mca", "btl", "self,vader", "--mca", "mpi_yield_when_idle", "1"]);
-    mpirun.arg(std::env::current_exe().unwrap()).args(["--exact", &format!("mpi::{test}"), "--nocapture"]);
-    let output = mpirun.output().unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8_lossy(&said).into_owned())
-}
+use specforge_testkit::{is_rank, passes_on_ranks, test_on_ranks};
 
 #[expect(clippy::print_stdout, clippy::exit, reason = "what no test could go on from")]
 fn die(why: &str) {
@@ -37,8 +21,7 @@ fn parallel_processes_do_every_collective() {
         return;
     }
     for ranks in [1, 2, 4] {
-        let (ended_well, said) = on_ranks("parallel_processes_do_every_collective", ranks);
-        assert!(ended_well && said.matches("1 passed").count() == ranks, "{said}");
+        passes_on_ranks("mpi::parallel_processes_do_every_collective", ranks);
     }
 }
 
@@ -56,7 +39,7 @@ fn parallel_a_process_that_hangs_is_noticed() {
         return;
     }
     let started = std::time::Instant::now();
-    let (ended_well, said) = on_ranks("parallel_a_process_that_hangs_is_noticed", 2);
+    let (ended_well, said) = test_on_ranks("mpi::parallel_a_process_that_hangs_is_noticed", 2);
     assert!(!ended_well && said.contains("alarm: rank 1 of 2, broadcast: not done after"), "{said}");
     assert!(started.elapsed() < Duration::from_secs(30));
 }

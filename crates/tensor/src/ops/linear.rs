@@ -179,6 +179,11 @@ impl Stack {
         Ok(dx)
     }
 
+    /// Matrices and biases.
+    pub(super) fn params(&self) -> Vec<ParamId> {
+        [&self.w.params[..], &self.w.biases].concat()
+    }
+
     /// What is multiplied by, as the tape keeps count of it.
     pub(super) fn as_product(&self) -> Product {
         Product { params: self.w.params.clone(), cols: (self.cols.start, self.cols.end) }
@@ -199,5 +204,9 @@ impl Backward for Linear {
             Some(residual) => sink.add(residual, dy),
             None => Ok(()),
         }
+    }
+
+    fn params(&self) -> Vec<ParamId> {
+        self.w.params()
     }
 }

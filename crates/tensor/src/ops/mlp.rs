@@ -150,6 +150,10 @@ impl Backward for SwiGluLinear {
         sink.add(&self.gate_up, d)?;
         sink.add(self.residual, dy)
     }
+
+    fn params(&self) -> Vec<ParamId> {
+        self.w.params()
+    }
 }
 
 impl Backward for SwiGlu {

@@ -52,4 +52,8 @@ impl Backward for RmsNorm {
         sink.put(&self.x, dx);
         Ok(())
     }
+
+    fn params(&self) -> Vec<ParamId> {
+        vec![self.id]
+    }
 }

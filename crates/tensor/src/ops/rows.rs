@@ -132,6 +132,10 @@ impl Backward for Embedding {
         let kernels = dy.device().kernels();
         sink.params(&[self.id], |grads| kernels.scatter_add_rows(&mut grads[0], &self.index, &dy))
     }
+
+    fn params(&self) -> Vec<ParamId> {
+        vec![self.id]
+    }
 }
 
 impl Backward for GatherRows {

@@ -143,10 +143,11 @@ impl Sink<'_> {
         self.wgrad(&product, &dy.rows()?, &x.rows()?)
     }
 
-    /// Computes all products that still wait, the first to wait first.
-    pub(super) fn settle_all(&mut self) -> Result<()> {
-        while !self.waiting.is_empty() {
-            self.settle(0)?;
+    /// Computes all products that still wait for one of these matrices, the first to wait first.
+    pub(super) fn settle_all_of(&mut self, ids: &[ParamId]) -> Result<()> {
+        let is_of = |w: &Waiting| w.product.params.iter().any(|id| ids.contains(id));
+        while let Some(place) = self.waiting.iter().position(is_of) {
+            self.settle(place)?;
         }
         Ok(())
     }

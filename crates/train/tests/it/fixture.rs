@@ -25,7 +25,7 @@ const VOCAB: usize = 263;
 pub(crate) struct Fixture {
     pub(crate) folder: tempfile::TempDir,
     method: Box<dyn DraftMethod>,
-    params: Params,
+    pub(crate) params: Params,
     /// What another rank's method is built of.
     info: TargetInfo,
     frozen: Frozen,

@@ -8,7 +8,7 @@ use specforge_methods::Batch;
 use specforge_parallel::{Level, Mesh, MeshShape, nccl, threads};
 use specforge_tensor::{DType, Device};
 use specforge_testkit::{assert_close, assert_close_max};
-use specforge_train::{Checkpoints, FeatureSource, Outcome, Ranks, Result, Trainer};
+use specforge_train::{Checkpoints, FeatureSource, Outcome, Ranks, Result, Sent, Trainer};
 
 use crate::fixture::{Fixture, LEN, Script, Source, names, run, sound, weights};
 
@@ -342,5 +342,47 @@ fn parallel_one_rank_trains_to_the_same_bits() {
         });
         assert_eq!(log(&fixture, &name), log(&fixture, "alone"), "{name}");
         assert!(got[0] == weights(&single), "{name}");
+    }
+}
+
+/// What two ranks sent in a run without checkpoints.
+fn sent(fixture: &Fixture, name: &str, level: Level, accumulation: usize) -> Vec<Sent> {
+    threads::run(2, PATIENCE, |world| {
+        let mesh = Mesh::new(world, MeshShape::data(2), Device::Cpu).unwrap();
+        let mut trainer = fixture.ranked(name, Ranks { mesh, level, reduce: DType::F32, patience: PATIENCE });
+        accumulating(accumulation)(&mut trainer);
+        run(&mut trainer);
+        trainer.optimizer.sent()
+    })
+}
+
+/// All gradients but the last one leave while the backward has more to compute; each level sends what its stage does.
+#[test]
+fn parallel_gradients_leave_while_the_backward_goes_on() {
+    let fixture = Fixture::new();
+    let trained = || fixture.params.iter().filter(|(_, param)| param.trainable);
+    // Halves of float32, padded to equal ones.
+    let half = |len: usize| 4 * len.div_ceil(2) as u64;
+    let parts: u64 = trained().map(|(_, param)| half(param.value.len())).sum();
+    let whole: u64 = trained().map(|(_, param)| 4 * param.value.len() as u64).sum();
+    let fc = fixture.params.get(fixture.params.find("fc.weight").unwrap()).value.len();
+    for level in LEVELS {
+        // Of a reduced gradient, half leaves each of two ranks; an all-reduce is two of that.
+        let (all, last) = if level == Level::None { (whole, 4 * fc as u64) } else { (parts, half(fc)) };
+        // A micro-batch of each rank in a step, six steps; then two of the first rank and one of the other, four steps.
+        let name = format!("sent-{level:?}");
+        let weights = |steps| if level == Level::None { 0 } else { steps * parts };
+        let even = Sent { gradients: 6 * all, overlapped: 6 * (all - last), weights: weights(6) };
+        assert_eq!(sent(&fixture, &name, level, 2), [even, even], "{name}");
+        let each = matches!(level, Level::Gradients | Level::Full);
+        let times = if each { 8 } else { 4 };
+        let uneven = |overlapped| Sent {
+            gradients: times * all,
+            overlapped: overlapped * (all - last),
+            weights: weights(4),
+        };
+        // Without rows in the last round there is no backward to send beside.
+        let others = if each { uneven(4) } else { uneven(0) };
+        assert_eq!(sent(&fixture, &format!("{name}-uneven"), level, 3), [uneven(times), others], "{name}");
     }
 }

@@ -17,7 +17,7 @@ use crate::show::bytes;
 const DRIVER: u64 = 600 << 20;
 /// What the program takes beside its tensors on a CPU.
 const PROGRAM: u64 = 64 << 20;
-/// The share of a step in which the backward runs and gradients can already be sent.
+/// The share of a step in which the backward runs.
 const BACKWARD: f64 = 0.42;
 /// Seconds that a card takes at least for a micro-batch: some 500 kernels are launched.
 const LAUNCHES: f64 = 4e-3;
@@ -34,8 +34,8 @@ pub(super) struct Projection {
     /// Seconds of computing in a step.
     pub(super) compute_seconds: f64,
     pub(super) traffic: Traffic,
-    /// Whether gradients and weights can be sent while the backward runs.
-    pub(super) hides: bool,
+    /// Of the seconds in which gradients and weights are sent, those beside computing.
+    pub(super) hidden_seconds: f64,
     /// Tokens a second of all ranks, nothing hidden.
     pub(super) tokens_per_second: f64,
     pub(super) steps: u64,
@@ -208,6 +208,7 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
         element: element as f64,
     };
     let traffic = traffic::of(&sizes, layout, &subject.links);
+    let sends = if layout.zero < 2 { (1, accumulation) } else { (accumulation, accumulation) };
     let step = compute_seconds + traffic.data_seconds + traffic.waited_seconds;
     let steps = (work.steps as f64 / layout.data as f64).ceil();
     Projection {
@@ -216,11 +217,34 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
         memory,
         compute_seconds,
         traffic,
-        hides: traffic.data_seconds <= BACKWARD * compute_seconds / accumulation as f64,
+        hidden_seconds: hidden_seconds(&traffic, BACKWARD * compute_seconds, sends, config.ttt_steps),
         tokens_per_second: of_step.tokens as f64 * layout.data as f64 / step,
         steps: steps as u64,
         hours: steps * step / 3600.0,
     }
+}
+
+/// Seconds of sending that the step does not wait for. The head's gradient leaves before a backward starts, those of the
+/// layer in the last of the backward's TTT steps, the first matrix's when all is done; weights leave while the next
+/// forward, half as long as the backward, comes to them. `backward`: seconds of all micro-batches; `sends`: how often
+/// gradients are sent, in how many micro-batches.
+fn hidden_seconds(
+    t: &Traffic,
+    backward: f64,
+    (times, micro_batches): (usize, usize),
+    ttt_steps: usize,
+) -> f64 {
+    if t.data_bytes == 0.0 {
+        return 0.0;
+    }
+    let seconds = |bytes: f64| t.data_seconds * bytes / t.data_bytes;
+    let of_one = |bytes: f64| seconds(bytes) / times as f64;
+    let one_backward = backward / micro_batches as f64;
+    let layer_from = of_one(t.head_bytes).max(one_backward * (1.0 - 1.0 / ttt_steps as f64));
+    let layer_until = layer_from + of_one(t.overlapped_bytes - t.head_bytes);
+    let late = (layer_until - one_backward).max(0.0) + of_one(t.gradient_bytes - t.overlapped_bytes);
+    let weights_late = (seconds(t.data_bytes - t.gradient_bytes) - one_backward / 2.0).max(0.0);
+    t.data_seconds - times as f64 * late - weights_late
 }
 
 fn draft_work(subject: &Subject, rows: &Rows) -> flops::Work {
@@ -237,4 +261,32 @@ fn target_work(subject: &Subject, rows: &Rows) -> flops::Work {
 /// How much less time a target in 8-bit floats takes: measured, 77.1 of 103.6 ms.
 fn fp8_factor(dtype: TargetDType) -> f64 {
     if dtype == TargetDType::Fp8 { 77.1 / 103.6 } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_sent_in_time_is_hidden() {
+        // 30 + 50 + 20 bytes of gradients at 10 bytes a second, and 40 of weights.
+        let (head_bytes, overlapped_bytes, gradient_bytes, data_bytes) = (30.0, 80.0, 100.0, 140.0);
+        let data_seconds = data_bytes / 10.0;
+        let t = Traffic {
+            data_bytes,
+            gradient_bytes,
+            overlapped_bytes,
+            head_bytes,
+            data_seconds,
+            ..Traffic::default()
+        };
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a}, expected {b}");
+        // The layer from second 90 of 100 on, in 5 of the last 10: only the first matrix is waited for.
+        near(hidden_seconds(&t, 100.0, (1, 1), 10), 12.0);
+        // A backward of no time hides nothing.
+        near(hidden_seconds(&t, 0.0, (1, 1), 10), 0.0);
+        // From second 9 of 10 to 14, then 2 more; 4 of weights in 5.
+        near(hidden_seconds(&t, 10.0, (1, 1), 10), 14.0 - 4.0 - 2.0);
+        near(hidden_seconds(&Traffic::default(), 1.0, (1, 1), 7), 0.0);
+    }
 }

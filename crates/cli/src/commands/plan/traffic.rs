@@ -31,11 +31,17 @@ pub(super) struct Links {
 pub(super) struct Traffic {
     /// Gradients and weights.
     pub(super) data_bytes: f64,
+    /// Gradients alone.
+    pub(super) gradient_bytes: f64,
+    /// Gradients that leave while the backward has more to compute: all but that of the first matrix of the forward.
+    pub(super) overlapped_bytes: f64,
+    /// Of them, the head's, which leave before the backward starts.
+    pub(super) head_bytes: f64,
     /// Rows, between tensor-parallel ranks.
     pub(super) tensor_bytes: f64,
     /// Heads, between sequence-parallel ranks.
     pub(super) sequence_bytes: f64,
-    /// Seconds of the first, which may go on while the backward still runs.
+    /// Seconds of the first, most of which go on beside computing.
     pub(super) data_seconds: f64,
     /// Seconds of the others, for which the step waits.
     pub(super) waited_seconds: f64,
@@ -62,6 +68,9 @@ pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
     let inner = layout.tensor * layout.sequence;
     Traffic {
         data_bytes: data,
+        gradient_bytes: gradient_bytes(s, layout, parameters(s.dims, layout.tensor) as f64),
+        overlapped_bytes: overlapped_bytes(s, layout),
+        head_bytes: gradient_bytes(s, layout, elements(s.dims, "lm_head.weight") / layout.tensor as f64),
         tensor_bytes: tensor,
         sequence_bytes: sequence,
         data_seconds: data / speed(layout.ranks()),
@@ -76,13 +85,24 @@ fn share(ranks: u64) -> f64 {
 
 fn data_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
     let n = parameters(s.dims, layout.tensor) as f64;
-    let (gradients, weights) = (4.0 * n, s.element * n);
-    let halves = match layout.zero {
-        0 => 2.0 * gradients,
-        1 => gradients + weights,
-        _ => s.micro_batches * gradients + weights,
-    };
-    share(layout.data) * halves + share(layout.sequence) * 2.0 * gradients
+    let weights = if layout.zero == 0 { 0.0 } else { share(layout.data) * s.element * n };
+    gradient_bytes(s, layout, n) + weights
+}
+
+/// What leaves a rank of the gradients of `n` parameters.
+fn gradient_bytes(s: &Sizes<'_>, layout: Layout, n: f64) -> f64 {
+    let times = if layout.zero < 2 { 1.0 } else { s.micro_batches };
+    let halves = if layout.zero == 0 { 2.0 } else { 1.0 };
+    times * 4.0 * n * (halves * share(layout.data) + 2.0 * share(layout.sequence))
+}
+
+fn overlapped_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
+    gradient_bytes(s, layout, parameters(s.dims, layout.tensor) as f64 - elements(s.dims, "fc.weight"))
+}
+
+fn elements(dims: &Dims, weight: &str) -> f64 {
+    let found = dims.weights().into_iter().find(|(name, _)| name == weight);
+    found.map_or(0.0, |(_, shape)| shape.iter().product::<usize>() as f64)
 }
 
 fn tensor_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
@@ -126,6 +146,8 @@ mod tests {
         let plain = at(Layout { data: 8, ..Layout::ALONE });
         assert_eq!(plain.data_bytes, 2.0 * 7.0 / 8.0 * 4.0 * n);
         assert_eq!(plain.data_seconds, plain.data_bytes / 100e9);
+        // All but fc, [4096, 3 * 4096].
+        assert_eq!(plain.overlapped_bytes, 2.0 * 7.0 / 8.0 * 4.0 * (n - 3.0 * 4096.0 * 4096.0));
         let two_machines = at(Layout { data: 16, zero: 2, ..Layout::ALONE });
         assert_eq!(two_machines.data_seconds, 15.0 / 16.0 * 6.0 * n / 10e9);
         assert_eq!((plain.tensor_bytes, plain.sequence_bytes), (0.0, 0.0));

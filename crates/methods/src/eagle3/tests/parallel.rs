@@ -1,17 +1,18 @@
 //! The reference path on several ranks: documents dealt round, gradients summed, the state whole or in parts.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use specforge_parallel::{Mesh, MeshShape, Shards, sum, threads};
-use specforge_tensor::{Across, Combine, ParamId};
+use specforge_tensor::{Across, Combine, Group, ParamId};
 
 use super::*;
 
 /// After each step: the loss, and all trained weights one behind the other.
-type Trace = Vec<(f64, Vec<f32>)>;
+pub(super) type Trace = Vec<(f64, Vec<f32>)>;
 
 /// The documents of a rank, each with its weight.
-fn own(batch: &Batch, rank: usize, ranks: usize) -> Vec<Batch> {
+pub(super) fn own(batch: &Batch, rank: usize, ranks: usize) -> Vec<Batch> {
     let weights = batch.position_weight.as_ref().expect("weights as the case has them");
     let all = batch.bounds.iter().zip(weights).skip(rank).step_by(ranks);
     all.map(|(bounds, weight)| Batch { position_weight: Some(vec![*weight]), ..document(batch, bounds) })
@@ -65,30 +66,33 @@ impl State {
     }
 }
 
-fn path(dir: &Path, ranks: usize, is_sharded: bool) -> Trace {
+/// The steps of one rank of those that documents are dealt to.
+pub(super) fn path_on(world: &Arc<dyn Group>, dir: &Path, is_sharded: bool) -> Trace {
     let rates = Tensors::read(dir.join("optimizer.safetensors")).f32("opt.lr").1;
-    let paths = threads::run(ranks, Duration::from_mins(1), |world| {
-        let mut case = load(dir);
-        let mesh = Mesh::new(world, MeshShape::data(ranks), Device::Cpu).expect("a mesh");
-        let mut state = State::new(&case, &mesh, is_sharded);
-        let batches = own(&case.batch, mesh.data.rank(), ranks);
-        let one_step = |lr: &f32| {
-            let (mut grads, mut ratio) = (Grads::new(), Ratio::default());
-            for batch in &batches {
-                case.batch = batch.clone();
-                let (loss, more) = run(&case, grads);
-                grads = more;
-                ratio += loss.objective;
-            }
-            let mut sums = Tensor::from_f64(Device::Cpu, vec![ratio.sum, ratio.weight]).expect("two sums");
-            mesh.data.all_reduce(&mut sums, Combine::Sum).expect("their sums");
-            let sums = sums.later_f64().expect("float64").wait().expect("values");
-            state.step(&mut case.params, &grads, &mesh, (ratio.weight, f64::from(*lr)));
-            let trained = case.params.iter().filter(|(_, p)| p.trainable);
-            (sums[0] / sums[1], trained.flat_map(|(_, p)| p.value.to_f32()).collect())
-        };
-        rates.iter().map(one_step).collect::<Trace>()
-    });
+    let (mut case, ranks) = (load(dir), world.size());
+    let mesh = Mesh::new(world.clone(), MeshShape::data(ranks), Device::Cpu).expect("a mesh");
+    let mut state = State::new(&case, &mesh, is_sharded);
+    let batches = own(&case.batch, mesh.data.rank(), ranks);
+    let one_step = |lr: &f32| {
+        let (mut grads, mut ratio) = (Grads::new(), Ratio::default());
+        for batch in &batches {
+            case.batch = batch.clone();
+            let (loss, more) = run(&case, grads);
+            grads = more;
+            ratio += loss.objective;
+        }
+        let mut sums = Tensor::from_f64(Device::Cpu, vec![ratio.sum, ratio.weight]).expect("two sums");
+        mesh.data.all_reduce(&mut sums, Combine::Sum).expect("their sums");
+        let sums = sums.later_f64().expect("float64").wait().expect("values");
+        state.step(&mut case.params, &grads, &mesh, (ratio.weight, f64::from(*lr)));
+        let trained = case.params.iter().filter(|(_, p)| p.trainable);
+        (sums[0] / sums[1], trained.flat_map(|(_, p)| p.value.to_f32()).collect())
+    };
+    rates.iter().map(one_step).collect()
+}
+
+pub(super) fn path(dir: &Path, ranks: usize, is_sharded: bool) -> Trace {
+    let paths = threads::run(ranks, Duration::from_mins(1), |world| path_on(&world, dir, is_sharded));
     assert!(paths.iter().all(|path| *path == paths[0]), "all ranks have the same bits");
     paths.into_iter().next().expect("a rank")
 }
@@ -102,15 +106,16 @@ fn golden_parallel_ranks_take_the_path_of_one() {
     assert_close("the reference losses", &losses, &stored.f32("opt.micro_losses").1, 1e-7, 5e-5);
     for (ranks, is_sharded) in [(2, false), (4, false), (2, true), (4, true)] {
         let name = format!("{ranks} ranks, parts: {is_sharded}");
-        for (i, ((loss, got), (want_loss, want))) in
-            path(&dir, ranks, is_sharded).iter().zip(&single).enumerate()
-        {
-            assert!(
-                (loss / want_loss - 1.0).abs() < 1e-6,
-                "{name}: step {i}: loss {loss}, alone {want_loss}"
-            );
-            let off = relative_error(got, want);
-            assert!(off < 1e-6, "{name}: step {i}: weights are off by {off}");
-        }
+        assert_same_path(&name, &path(&dir, ranks, is_sharded), &single);
+    }
+}
+
+#[track_caller]
+pub(super) fn assert_same_path(name: &str, got: &Trace, want: &Trace) {
+    assert_eq!(got.len(), want.len());
+    for (i, ((loss, got), (want_loss, want))) in got.iter().zip(want).enumerate() {
+        assert!((loss / want_loss - 1.0).abs() < 1e-6, "{name}: step {i}: loss {loss}, alone {want_loss}");
+        let off = relative_error(got, want);
+        assert!(off < 1e-6, "{name}: step {i}: weights are off by {off}");
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use specforge_parallel::{Mesh, MeshShape, threads};
 use specforge_tensor::{Across, Combine, Group};
 
+use super::parallel::own;
 use super::*;
 use crate::{Exchange, Sequence};
 
@@ -36,23 +37,46 @@ fn sum(values: &mut Vec<f64>, ranks: &Arc<dyn Group>) {
     *values = all.later_f64().unwrap().wait().unwrap();
 }
 
+/// Adds the figures of another batch.
+fn add(all: &mut Vec<(String, Vec<f64>)>, more: Vec<(String, Vec<f64>)>) {
+    if all.is_empty() {
+        *all = more;
+        return;
+    }
+    for ((_, all), (_, more)) in all.iter_mut().zip(more) {
+        all.iter_mut().zip(more).for_each(|(all, more)| *all += more);
+    }
+}
+
+/// The figures of no batch.
+fn no_figures(steps: usize) -> Vec<(String, Vec<f64>)> {
+    let names = [("objective", 1), ("loss", steps), ("accuracy", steps), ("acceptance", steps)];
+    names.map(|(name, n)| (name.to_owned(), vec![0.0; 2 * n])).to_vec()
+}
+
 /// Trains on a case; `data` is the group of those that train on other batches, if there are some.
-fn train(mut case: Case, batch: Batch, ranks: &Ranks, data: Option<&Arc<dyn Group>>) -> Trained {
-    case.batch = batch;
+fn train(mut case: Case, batches: &[Batch], ranks: &Ranks, data: Option<&Arc<dyn Group>>) -> Trained {
     // Clipping is the trainer's: it takes the norm over all ranks.
     let config = AdamWConfig { lr: 1e-3, max_grad_norm: 0.0, ..AdamWConfig::default() };
     let mut optimizer = AdamW::new(config, &case.params).unwrap();
     let mut trained = Trained::default();
     for step in 0..STEPS {
-        let (loss, mut grads) = run(&case, Grads::new());
-        let mut all = figures(&loss);
+        let (mut all, mut grads) = (Vec::new(), Grads::new());
+        for batch in batches {
+            case.batch = batch.clone();
+            let (loss, more) = run(&case, grads);
+            add(&mut all, figures(&loss));
+            grads = more;
+        }
+        add(&mut all, no_figures(case.method.config.ttt_steps));
         for group in data.into_iter().chain(ranks.sequence().map(|sequence| &sequence.ranks)) {
             all.iter_mut().for_each(|(_, values)| sum(values, group));
         }
-        ranks.add_up(&case.params, &mut grads).unwrap();
         let ids: Vec<_> = case.params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
         for &id in &ids {
-            let mut own = grads.take(id).expect("every weight has a gradient");
+            let own = grads.take(id);
+            assert!(own.is_some() || batches.is_empty(), "every weight has a gradient");
+            let mut own = ranks.add_up(case.params.get(id), own).unwrap();
             data.iter().for_each(|group| group.all_reduce(&mut own, Combine::Sum).unwrap());
             grads.set(id, own);
         }
@@ -88,34 +112,40 @@ fn train(mut case: Case, batch: Batch, ranks: &Ranks, data: Option<&Arc<dyn Grou
 
 /// The mesh of a case: ranks with other batches, ranks of a sequence, ranks of a matrix.
 #[derive(Debug, Clone, Copy)]
-struct Shape {
-    data: usize,
-    sequence: usize,
-    tensor: usize,
-    exchange: Exchange,
+pub(super) struct Shape {
+    pub(super) data: usize,
+    pub(super) sequence: usize,
+    pub(super) tensor: usize,
+    pub(super) exchange: Exchange,
+}
+
+impl Shape {
+    fn mesh(&self) -> MeshShape {
+        MeshShape { replicas: 1, shards: self.data, sequence: self.sequence, tensor: self.tensor }
+    }
 }
 
 fn check(case: &str, shape: Shape) {
     let Some(dir) = golden_case(case) else { return };
-    let alone = load(&dir);
+    threads::run(shape.mesh().ranks(), PATIENCE, |world| check_on(&world, &dir, shape));
+}
+
+/// Trains as one rank of a mesh, and alone.
+pub(super) fn check_on(world: &Arc<dyn Group>, dir: &Path, shape: Shape) {
+    let alone = load(dir);
     let batch = alone.batch.clone();
-    let want = train(alone, batch, &Ranks::default(), None);
-    let mesh_shape =
-        MeshShape { replicas: 1, shards: shape.data, sequence: shape.sequence, tensor: shape.tensor };
-    let got = threads::run(mesh_shape.ranks(), PATIENCE, |world| {
-        let mesh = Mesh::new(world, mesh_shape, Device::Cpu).unwrap();
-        let sequence = Some(Sequence { ranks: mesh.sequence.clone(), exchange: shape.exchange });
-        let ranks = Ranks { tensor: Some(mesh.tensor.clone()), sequence };
-        let case = load_on(&dir, &ranks);
-        let batch = match shape.data {
-            1 => case.batch.clone(),
-            _ => case.batch.halves().unwrap().expect("two documents")[mesh.place.shard].clone(),
-        };
-        train(case, batch, &ranks, Some(&mesh.data))
-    });
-    for (rank, got) in got.iter().enumerate() {
-        compare(&format!("{case}, {shape:?}, rank {rank}"), got, &want);
-    }
+    let want = train(alone, &[batch], &Ranks::default(), None);
+    let mesh = Mesh::new(world.clone(), shape.mesh(), Device::Cpu).unwrap();
+    let sequence = Some(Sequence { ranks: mesh.sequence.clone(), exchange: shape.exchange });
+    let ranks = Ranks { tensor: Some(mesh.tensor.clone()), sequence };
+    let case = load_on(dir, &ranks);
+    let batches = match shape.data {
+        1 => vec![case.batch.clone()],
+        // Documents are dealt; with more ranks than there are, some have none.
+        n => own(&case.batch, mesh.place.shard, n),
+    };
+    let got = train(case, &batches, &ranks, Some(&mesh.data));
+    compare(&format!("{}, {shape:?}, rank {}", dir.display(), world.rank()), &got, &want);
 }
 
 fn compare(name: &str, got: &Trained, want: &Trained) {
@@ -135,7 +165,7 @@ fn compare(name: &str, got: &Trained, want: &Trained) {
     }
 }
 
-const ALONE: Shape = Shape { data: 1, sequence: 1, tensor: 1, exchange: Exchange::Ring };
+pub(super) const ALONE: Shape = Shape { data: 1, sequence: 1, tensor: 1, exchange: Exchange::Ring };
 
 #[test]
 fn parallel_tensor_ranks_train_as_one() {
@@ -158,6 +188,7 @@ fn parallel_sequence_ranks_train_as_one() {
 
 #[test]
 fn parallel_data_tensor_and_sequence_ranks_train_as_one() {
+    check("eagle3-basic", Shape { data: 4, ..ALONE });
     check("eagle3-basic", Shape { data: 2, tensor: 2, ..ALONE });
     check("eagle3-basic", Shape { data: 2, sequence: 2, ..ALONE });
     check("eagle3-basic", Shape { sequence: 2, tensor: 2, ..ALONE });
@@ -186,13 +217,13 @@ fn parallel_short_batches_leave_ranks_without_rows() {
     };
     let alone = load(&dir);
     let batch = short(&alone);
-    let want = train(alone, batch, &Ranks::default(), None);
+    let want = train(alone, &[batch], &Ranks::default(), None);
     for (size, exchange) in [(2, Exchange::Heads), (4, Exchange::Ring), (7, Exchange::Ring)] {
         let got = threads::run(size, PATIENCE, |group| {
             let ranks = Ranks { tensor: None, sequence: Some(Sequence { ranks: group.clone(), exchange }) };
             let case = load_on(&dir, &ranks);
             let batch = short(&case);
-            train(case, batch, &ranks, None)
+            train(case, &[batch], &ranks, None)
         });
         got.iter()
             .enumerate()

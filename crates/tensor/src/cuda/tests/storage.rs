@@ -248,3 +248,27 @@ fn cuda_rows_of_a_table_on_the_host_keep_their_type_and_values() {
     }
     assert!(rows([1]).rows_from_host(&[0], device).is_err());
 }
+
+/// What is computed beside the compute stream is waited for where it is used, and freed in order: rounds of copies whose
+/// memory is given back at once, on both sides, keep their values.
+#[test]
+fn cuda_work_beside_is_in_order() {
+    let Some(device) = device() else { return };
+    let n = 3 << 20;
+    let kernels = device.kernels();
+    let mut sum = Tensor::zeros(device, &[n]).unwrap();
+    for round in 0..50 {
+        let start = Tensor::random(device, &[n], 1.0, round).unwrap();
+        let want = start.to_f32();
+        // Computed on the compute stream right before, and dropped beside it.
+        let doubled = kernels.scale(&start, 2.0).unwrap();
+        let wide = device.beside(|| doubled.cast(DType::F32).inspect(|_| drop(doubled))).unwrap();
+        // Memory that comes and goes meanwhile.
+        let other = kernels.scale(&start, -1.0).unwrap();
+        sum.assign(&wide).unwrap();
+        device.beside(|| kernels.add_assign(&mut sum, &wide)).unwrap();
+        drop((wide, other));
+        let got = kernels.scale(&sum, 0.25).unwrap().to_f32();
+        assert!(got == want, "round {round}");
+    }
+}
