@@ -18,7 +18,7 @@ mod window;
 
 pub use checkpoint::{Checkpoint, Checkpoints, Position, State};
 pub use error::{Error, Result};
-pub use features::{Cache, FeatureSource, Offline, Online};
+pub use features::{Cache, FeatureSource, Offline, Online, Writers};
 pub use hooks::{Event, Held, Hooks, Outcome};
 pub use log::{Figures, Record};
 pub use optimizer::{Optimizer, Ranks};

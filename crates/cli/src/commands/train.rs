@@ -11,14 +11,14 @@ use serde::Serialize;
 use serde_json::json;
 use specforge_config::{Exchange, Length, Mode, OnOom, RunPlan};
 use specforge_data::Prepared;
-use specforge_methods::{DraftMethod, Frozen, Sequence};
+use specforge_methods::{DraftMethod, Sequence};
 use specforge_models::{Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::Reader;
 use specforge_tensor::Params;
 use specforge_train::{
     Cache, Checkpoint, Checkpoints, FeatureSource, Offline, Online, Optimizer, Order, Outcome, Ranks,
-    Settings, State, Trainer,
+    Settings, State, Trainer, Writers,
 };
 
 use terminal::{Decoder, Terminal};
@@ -26,7 +26,7 @@ use terminal::{Decoder, Terminal};
 use super::capture::stop_on_signal;
 use super::export;
 use crate::lock;
-use crate::ranks::{self, Ending, Rank};
+use crate::ranks::{self, Ending, Layout, Rank};
 use crate::setup::{self, RecipeArgs};
 use crate::show::{note, positions, print, rate, table};
 use crate::warm_start;
@@ -92,10 +92,10 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     let resume = resumed(args, plan, rank)?;
     let data = rank.first_then_others(|| setup::prepared(plan))?;
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
-    let ranks = rank.mesh(&plan.parallel)?;
+    let layout = rank.layout(&plan.parallel)?;
     let Parts { info, method, params, mut source, mut decoder } =
-        Parts::build(plan, &data, &held_out, (rank, ranks.as_ref()))?;
-    let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), ranks)?;
+        Parts::build(plan, &data, &held_out, (rank, &layout))?;
+    let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), layout.train)?;
     let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
     let training = Instant::now();
     let tokens_before = trainer.state.tokens;
@@ -109,13 +109,18 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
             args.recipe.words()
         )));
     }
+    let tokens_per_second =
+        (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
+    // The last checkpoint is complete once the first rank is here.
+    rank.barrier()?;
+    if !decoder.decodes {
+        return Ok(Ending::Done);
+    }
+    let best = use_best(&mut trainer, plan)?;
+    let report = decoder.measure(method.as_ref(), &trainer.params)?;
     if !rank.is_first() {
         return Ok(Ending::Done);
     }
-    let tokens_per_second =
-        (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
-    let best = use_best(&mut trainer, plan)?;
-    let report = decoder.measure(method.as_ref(), &trainer.params)?;
     let export_dir =
         export::write(plan, &info, method.as_ref(), &trainer.params, &export::Options::of(plan, false))?;
     let summary = Summary {
@@ -175,12 +180,13 @@ fn begin(
         take_up(trainer, checkpoint, plan)?;
         return Ok(fs_err::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok()));
     }
-    if !rank.is_first() {
-        return Ok(None);
+    if rank.is_first() {
+        setup::write_text(&plan.run_dir.join(PLAN), &plan.to_json())?;
     }
-    setup::write_text(&plan.run_dir.join(PLAN), &plan.to_json())?;
     let untrained = decoder.acceptance_length(trainer.method, &trainer.params)?;
-    setup::write_json(&path, &untrained)?;
+    if rank.is_first() {
+        setup::write_json(&path, &untrained)?;
+    }
     Ok(untrained)
 }
 
@@ -297,31 +303,31 @@ impl Parts {
         plan: &RunPlan,
         data: &Arc<Prepared>,
         held_out: &[usize],
-        (rank, ranks): (&Rank, Option<&Ranks>),
+        (rank, layout): (&Rank, &Layout),
     ) -> Result<Self> {
-        if plan.mode == Mode::Cache && rank.size() > 1 {
-            bail!(
-                "mode = \"cache\" has one rank: capture first (`specforge capture` takes any number), then train with mode = \"offline\""
-            );
-        }
         let info = TargetInfo::read(&plan.target.path)?;
         info.expect_teacher()?;
-        let target = if plan.mode == Mode::Offline { None } else { Some(setup::target(plan)?) };
+        let sharing = layout.target.clone();
+        let of_batch = of_batch(plan, layout.train.as_ref());
+        let target = match plan.mode {
+            Mode::Offline => None,
+            _ => Some(setup::target(plan, sharing.as_ref())?),
+        };
         let frozen = match &target {
-            Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },
+            Some(target) => setup::frozen_of(plan, target, &of_batch)?,
             None => setup::frozen(plan, &info)?,
         };
-        let (method, mut params) = setup::draft(plan, &info, &frozen, data, &of_batch(plan, ranks))?;
+        let (method, mut params) = setup::draft(plan, &info, &frozen, data, &of_batch)?;
         if let Some(folder) = &plan.train.warm_start {
             warm_start::replace(folder, method.as_ref(), &mut params)?;
         }
         setup::expect_room(&info, data)?;
-        let source = source(plan, &info, method.as_ref(), target.clone(), data)?;
+        let source = source(plan, (&info, data), method.as_ref(), target.clone(), (rank, layout))?;
         let prompts = setup::prompts(plan, held_out, data, plan.eval.max_prompts)?;
         if prompts.is_empty() {
             note!("warning: no prompt is held out and eval.prompts names none: nothing will be measured");
         }
-        let decoder = Decoder { target, plan: plan.clone(), prompts };
+        let decoder = Decoder { target, sharing, decodes: layout.decodes, plan: plan.clone(), prompts };
         Ok(Self { info, method, params, source, decoder })
     }
 }
@@ -339,10 +345,10 @@ fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
 /// Where the features come from.
 fn source(
     plan: &RunPlan,
-    info: &TargetInfo,
+    (info, data): (&TargetInfo, &Arc<Prepared>),
     method: &dyn DraftMethod,
     target: Option<Arc<Target>>,
-    data: &Arc<Prepared>,
+    (rank, layout): (&Rank, &Layout),
 ) -> Result<Box<dyn FeatureSource>> {
     let capture = method.capture().clone();
     let spec = |capture| setup::store_spec(plan, info, capture, data);
@@ -354,10 +360,12 @@ fn source(
         reader.expect(&spec.identity, &spec.schema)?;
         return Ok(Box::new(Offline::new(Arc::new(reader))));
     };
-    let online = Online { target, data: data.clone(), capture, dtype: setup::capture_dtype(plan) };
+    let (dtype, peers) = (setup::capture_dtype(plan), layout.peers.clone());
+    let online = Online { target, data: data.clone(), capture, dtype, peers };
     if plan.mode == Mode::Cache {
         let spec = spec(&online.capture)?;
-        return Ok(Box::new(Cache::open(online, plan.store.path.clone(), spec)?));
+        let writers = Writers { ranks: rank.world(), own: layout.writer };
+        return Ok(Box::new(Cache::open(online, plan.store.path.clone(), spec, writers)?));
     }
     Ok(Box::new(online))
 }

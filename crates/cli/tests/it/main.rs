@@ -9,6 +9,7 @@ mod bench;
 mod hub;
 mod import;
 mod kill;
+mod layout;
 mod left;
 mod look;
 mod modes;

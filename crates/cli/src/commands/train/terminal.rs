@@ -8,16 +8,21 @@ use specforge_config::RunPlan;
 use specforge_eval::{Options, Report};
 use specforge_methods::DraftMethod;
 use specforge_models::Target;
-use specforge_tensor::Params;
+use specforge_tensor::{Group, Params};
 use specforge_train::{Event, Held, Hooks};
 
 use crate::commands::eval;
 use crate::setup;
 use crate::show::{Progress, positions, rate};
 
-/// Decodes held-out prompts: the target is loaded at first use where training itself does not need it.
+/// Decodes held-out prompts, on the first rank and those that it shares target or draft with: the target is loaded at
+/// first use where training itself does not need it.
 pub(super) struct Decoder {
     pub(super) target: Option<Arc<Target>>,
+    /// Those that share the target.
+    pub(super) sharing: Option<Arc<dyn Group>>,
+    /// Whether this rank takes part.
+    pub(super) decodes: bool,
     pub(super) plan: RunPlan,
     pub(super) prompts: Vec<Vec<u32>>,
 }
@@ -27,23 +32,25 @@ impl Decoder {
         if let Some(target) = &self.target {
             return Ok(target.clone());
         }
-        let target = setup::target(&self.plan)?;
+        let target = setup::target(&self.plan, self.sharing.as_ref())?;
         self.target = Some(target.clone());
         Ok(target)
     }
 
-    /// A quick measure on a few prompts; `None` if the recipe wants none.
+    /// A quick measure on a few prompts; `None` if the recipe wants none, or on a rank that has no part in it.
     pub(super) fn acceptance_length(
         &mut self,
         method: &dyn DraftMethod,
         params: &Params,
     ) -> Result<Option<f64>> {
         let n = self.plan.eval.training_prompts.min(self.prompts.len());
-        if n == 0 {
+        if n == 0 || !self.decodes {
             return Ok(None);
         }
         let target = self.target()?;
-        let options = Options { plain: false, parallel: true, ..eval::options(&self.plan) };
+        // Ranks meet in the target's calls: one prompt after the other.
+        let parallel = self.sharing.is_none();
+        let options = Options { plain: false, parallel, ..eval::options(&self.plan) };
         let report =
             specforge_eval::evaluate(&target, method, params, &self.prompts[..n], &options, &|_, _| ())?;
         Ok(Some(report.acceptance_length))
@@ -51,7 +58,7 @@ impl Decoder {
 
     /// The whole measure, with speed and the proof that nothing is lost.
     pub(super) fn measure(&mut self, method: &dyn DraftMethod, params: &Params) -> Result<Option<Report>> {
-        if self.prompts.is_empty() {
+        if self.prompts.is_empty() || !self.decodes {
             return Ok(None);
         }
         let target = self.target()?;
