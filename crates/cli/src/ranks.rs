@@ -14,7 +14,7 @@ use specforge_parallel::rendezvous::Meeting;
 use specforge_parallel::{Alarm, nccl, rendezvous, tell, threads};
 use specforge_tensor::{Combine, Device, Group, Tensor};
 
-pub(crate) use self::layout::Layout;
+pub(crate) use self::layout::{Apart, Layout};
 use crate::show::quiet;
 use crate::{env, gpu, launch, setup};
 

@@ -4,11 +4,13 @@ mod cache;
 mod given;
 mod offline;
 mod online;
+mod received;
 
 pub use cache::{Cache, Writers};
 pub use given::with_teacher;
 pub use offline::{Offline, record_features, schema};
 pub use online::{Online, append};
+pub use received::Received;
 
 use std::ops::Range;
 

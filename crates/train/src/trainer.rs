@@ -201,9 +201,8 @@ impl Trainer<'_> {
         let (rank, size) = self.data().map_or((0, 1), |data| (data.group.rank(), data.group.size()));
         let peers = peers.unwrap_or(rank..rank + 1);
         let own = rank - peers.start;
-        let dealt: Vec<_> = peers.map(|peer| self.order.deal(step, peer, size)).collect();
-        let round = |i: usize| Round { rows: dealt.iter().map(|of_peer| of_peer[i].clone()).collect(), own };
-        (0..dealt[own].len()).map(round).collect()
+        let rounds = self.order.rounds(step, peers, size).into_iter();
+        rounds.map(|rows| Round { rows, own }).collect()
     }
 
     /// Asks for the next step.

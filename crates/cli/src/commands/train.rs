@@ -1,5 +1,7 @@
 //! `specforge train`: a recipe to a trained draft, its acceptance length, and the folder that SGLang loads.
 
+mod decoder;
+mod serving;
 mod terminal;
 
 use std::path::{Path, PathBuf};
@@ -18,15 +20,17 @@ use specforge_store::Reader;
 use specforge_tensor::Params;
 use specforge_train::{
     Cache, Checkpoint, Checkpoints, FeatureSource, Offline, Online, Optimizer, Order, Outcome, Ranks,
-    Settings, State, Trainer, Writers,
+    Received, Settings, State, Trainer, Writers,
 };
 
-use terminal::{Decoder, Terminal};
+use decoder::{Decoder, Far};
+use serving::{Served, serve};
+use terminal::Terminal;
 
 use super::capture::stop_on_signal;
 use super::export;
 use crate::lock;
-use crate::ranks::{self, Ending, Layout, Rank};
+use crate::ranks::{self, Apart, Ending, Layout, Rank};
 use crate::setup::{self, RecipeArgs};
 use crate::show::{note, positions, print, rate, table};
 use crate::warm_start;
@@ -92,10 +96,16 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     let resume = resumed(args, plan, rank)?;
     let data = rank.first_then_others(|| setup::prepared(plan))?;
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
-    let layout = rank.layout(&plan.parallel)?;
+    let mut layout = rank.layout(&plan.parallel)?;
+    if let Some(Apart::Serves { clients, dealt }) = layout.apart.take_if(|apart| apart.serves()) {
+        let (sharing, peers) = (layout.target, layout.peers.unwrap_or_default());
+        let served = Served { sharing, peers, dealt, clients, resume: resume.as_ref() };
+        return serve(plan, &data, (&train_rows, &held_out), served);
+    }
     let Parts { info, method, params, mut source, mut decoder } =
         Parts::build(plan, &data, &held_out, (rank, &layout))?;
-    let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), layout.train)?;
+    let mut trainer =
+        trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), layout.train.take())?;
     let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
     let training = Instant::now();
     let tokens_before = trainer.state.tokens;
@@ -103,6 +113,7 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     let outcome = trainer.run(source.as_mut(), &mut hooks);
     hooks.progress.done();
     if outcome? == Outcome::Stopped {
+        layout.end()?;
         return Ok(Ending::Stopped(format!(
             "stopped at step {} and saved; go on with: specforge train {} --resume",
             trainer.state.position.step,
@@ -112,12 +123,14 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     let tokens_per_second =
         (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
     // The last checkpoint is complete once the first rank is here.
-    rank.barrier()?;
+    trainer.optimizer.ranks().map_or(Ok(()), |ranks| ranks.mesh.world.barrier())?;
     if !decoder.decodes {
+        layout.end()?;
         return Ok(Ending::Done);
     }
     let best = use_best(&mut trainer, plan)?;
-    let report = decoder.measure(method.as_ref(), &trainer.params)?;
+    let report = decoder.measure(method.as_ref(), &trainer.params, true)?;
+    layout.end()?;
     if !rank.is_first() {
         return Ok(Ending::Done);
     }
@@ -309,10 +322,9 @@ impl Parts {
         info.expect_teacher()?;
         let sharing = layout.target.clone();
         let of_batch = of_batch(plan, layout.train.as_ref());
-        let target = match plan.mode {
-            Mode::Offline => None,
-            _ => Some(setup::target(plan, sharing.as_ref())?),
-        };
+        // Read from a store, or from ranks of the target's own, features need no target here.
+        let is_here = plan.mode != Mode::Offline && layout.apart.is_none();
+        let target = if is_here { Some(setup::target(plan, sharing.as_ref())?) } else { None };
         let frozen = match &target {
             Some(target) => setup::frozen_of(plan, target, &of_batch)?,
             None => setup::frozen(plan, &info)?,
@@ -327,7 +339,8 @@ impl Parts {
         if prompts.is_empty() {
             note!("warning: no prompt is held out and eval.prompts names none: nothing will be measured");
         }
-        let decoder = Decoder { target, sharing, decodes: layout.decodes, plan: plan.clone(), prompts };
+        let far = layout.line().map(|line| Far { line, draft: of_batch, asks: rank.is_first() });
+        let decoder = Decoder { target, sharing, decodes: layout.decodes, far, plan: plan.clone(), prompts };
         Ok(Self { info, method, params, source, decoder })
     }
 }
@@ -350,7 +363,12 @@ fn source(
     target: Option<Arc<Target>>,
     (rank, layout): (&Rank, &Layout),
 ) -> Result<Box<dyn FeatureSource>> {
-    let capture = method.capture().clone();
+    let (capture, dtype) = (method.capture().clone(), setup::capture_dtype(plan));
+    if let Some(Apart::Trains { line, own, .. }) = &layout.apart {
+        let (line, data, own) = (line.clone(), data.clone(), *own);
+        let widths = [capture.layers.len() * info.hidden_size, info.hidden_size];
+        return Ok(Box::new(Received { line, data, widths, dtype, own }));
+    }
     let spec = |capture| setup::store_spec(plan, info, capture, data);
     let Some(target) = target else {
         let reader = Reader::open(&plan.store.path).with_context(|| {
@@ -360,8 +378,7 @@ fn source(
         reader.expect(&spec.identity, &spec.schema)?;
         return Ok(Box::new(Offline::new(Arc::new(reader))));
     };
-    let (dtype, peers) = (setup::capture_dtype(plan), layout.peers.clone());
-    let online = Online { target, data: data.clone(), capture, dtype, peers };
+    let online = Online { target, data: data.clone(), capture, dtype, peers: layout.peers.clone() };
     if plan.mode == Mode::Cache {
         let spec = spec(&online.capture)?;
         let writers = Writers { ranks: rank.world(), own: layout.writer };
@@ -378,18 +395,8 @@ fn trainer<'a>(
     (train_rows, held_out): (&[usize], &[usize]),
     ranks: Option<Ranks>,
 ) -> Result<Trainer<'a>> {
-    let lengths = |rows: &[usize]| rows.iter().map(|&r| (r, data.row(r).ids.len())).collect::<Vec<_>>();
-    let order = Order {
-        rows: lengths(train_rows),
-        tokens_per_batch: plan.train.tokens_per_batch,
-        accumulation: plan.train.accumulation,
-        seed: plan.seed,
-    };
-    let total_steps = match plan.train.length {
-        Length::Epochs(epochs) => order.total_steps(epochs),
-        Length::MaxSteps(steps) => steps,
-    };
-    let held = Order { rows: lengths(held_out), accumulation: 1, ..order.clone() };
+    let (order, total_steps) = order(plan, data, train_rows);
+    let held = Order { rows: lengths(data, held_out), accumulation: 1, ..order.clone() };
     let settings = Settings {
         folder: plan.run_dir.clone(),
         total_steps,
@@ -417,4 +424,23 @@ fn trainer<'a>(
     );
     let optimizer = Optimizer::new(plan.train.optimizer.clone(), &params, ranks)?;
     Ok(Trainer { method, params, optimizer, order, settings, state: State::new(identity) })
+}
+
+/// The order of rows, and the steps of the whole run.
+fn order(plan: &RunPlan, data: &Prepared, train_rows: &[usize]) -> (Order, u64) {
+    let order = Order {
+        rows: lengths(data, train_rows),
+        tokens_per_batch: plan.train.tokens_per_batch,
+        accumulation: plan.train.accumulation,
+        seed: plan.seed,
+    };
+    let total_steps = match plan.train.length {
+        Length::Epochs(epochs) => order.total_steps(epochs),
+        Length::MaxSteps(steps) => steps,
+    };
+    (order, total_steps)
+}
+
+fn lengths(data: &Prepared, rows: &[usize]) -> Vec<(usize, usize)> {
+    rows.iter().map(|&row| (row, data.row(row).ids.len())).collect()
 }

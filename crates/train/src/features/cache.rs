@@ -101,9 +101,11 @@ impl Writers {
 impl FeatureSource for Cache {
     fn fetch(&mut self, rows: &[usize]) -> Result<Batch> {
         let mut computed = self.compute(rows)?.into_iter();
-        let features = rows.iter().map(|&row| match self.reader.contains(row as u64) {
-            true => record_features(&self.reader, row),
-            false => Ok(computed.next().expect("one for each missing row")),
+        let features = rows.iter().map(|&row| {
+            if self.reader.contains(row as u64) {
+                return record_features(&self.reader, row);
+            }
+            Ok(computed.next().expect("one for each missing row"))
         });
         assemble(rows, features.collect::<Result<_>>()?)
     }
