@@ -145,9 +145,11 @@ fn start(plan: &RunPlan, asked: usize) -> Result<()> {
 /// What to do where ranks are asked for that nobody has started, on CPUs.
 fn not_started(plan: &RunPlan, asked: usize) -> String {
     let with = if cfg!(feature = "mpi") { "" } else { "build with --features mpi and " };
+    let lies_over = plan.parallel.of_target() > 1 || plan.parallel.target_ranks > 0;
+    let without = if lies_over { ", without target-tensor and target-ranks" } else { "" };
     format!(
         "the recipe asks for {asked} ranks, and this process was started alone: {with}run it with \
-         `mpirun -n {asked} specforge ...` (device = {:?}), or set parallel.data = 1",
+         `mpirun -n {asked} specforge ...` (device = {:?}), or set parallel.data = 1{without}",
         plan.device
     )
 }

@@ -12,6 +12,7 @@ mod line;
 mod log;
 mod optimizer;
 mod order;
+mod round;
 mod saving;
 mod server;
 mod step;

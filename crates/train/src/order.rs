@@ -159,19 +159,23 @@ mod tests {
     #[test]
     fn parallel_steps_from_a_position_are_those_that_are_left() {
         let order = order(61, 64, 3);
-        let of_epoch = order.epoch(0).len() as u64;
-        let total = 2 * of_epoch + 2;
+        let lengths = [0, 1].map(|epoch| order.epoch(epoch).len() as u64);
+        let total = lengths[0] + lengths[1] + 2;
         let all: Vec<_> = order.steps_from(Position::default(), total).collect();
         assert_eq!(all.len() as u64, total);
-        assert_eq!(all[of_epoch as usize..2 * of_epoch as usize], order.epoch(1));
-        for step in 0..total {
-            let position = Position { step, epoch: step / of_epoch, epoch_step: step % of_epoch };
+        assert_eq!(all[..lengths[0] as usize], order.epoch(0));
+        assert_eq!(all[all.len() - 2..], order.epoch(2)[..2]);
+        let mut position = Position::default();
+        while position.step < total {
             let left: Vec<_> = order.steps_from(position, total).collect();
-            assert_eq!(left, all[step as usize..], "after {step} steps");
+            assert_eq!(left, all[position.step as usize..], "{position:?}");
+            position.step += 1;
+            position.epoch_step += 1;
+            if lengths.get(position.epoch as usize) == Some(&position.epoch_step) {
+                position = Position { epoch: position.epoch + 1, epoch_step: 0, ..position };
+            }
         }
-        for round in order.rounds(&all[0], 1..3, 4) {
-            assert_eq!(round.len(), 2);
-        }
+        assert!(order.rounds(&all[0], 1..3, 4).iter().all(|round| round.len() == 2));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use specforge_methods::{Batch, DraftMethod};
@@ -14,13 +14,12 @@ use specforge_tensor::{Device, Group, Later, Params};
 use crate::checkpoint::Best;
 use crate::hooks::{Event, Held, Hooks, Outcome};
 use crate::log::Log;
+use crate::round::{Round, fetch, locked};
 use crate::saving::{Saving, Snapshot};
 use crate::step::{PendingStep, evaluate, step};
 use crate::tally::{Tally, from_first};
 use crate::window::Window;
-use crate::{
-    Checkpoint, Checkpoints, Error, FeatureSource, Figures, MicroBatch, Optimizer, Order, Result, State,
-};
+use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Optimizer, Order, Result, State};
 
 /// How a run goes, beyond its order of rows.
 #[derive(Debug, Clone)]
@@ -386,34 +385,6 @@ struct Issued {
     lr: f64,
     started: Instant,
     step: u64,
-}
-
-/// One micro-batch of the ranks that fetch together.
-#[derive(Debug)]
-struct Round {
-    /// Each rank's rows, which may be none.
-    rows: Vec<MicroBatch>,
-    /// Which are this rank's.
-    own: usize,
-}
-
-type Locked<'a, 'b> = MutexGuard<'a, &'b mut dyn FeatureSource>;
-
-fn locked<'a, 'b>(source: &'a Mutex<&'b mut dyn FeatureSource>) -> Result<Locked<'a, 'b>> {
-    source.lock().map_err(|_| Error::Mode("the source of features failed before".to_owned()))
-}
-
-/// The batch of this rank's rows; nothing without a row. Ranks that fetch together do so in their order.
-fn fetch(source: &Mutex<&mut dyn FeatureSource>, round: &Round, device: Device) -> Result<Option<Batch>> {
-    let mut batch = None;
-    for (peer, rows) in round.rows.iter().enumerate() {
-        if peer == round.own && !rows.is_empty() {
-            batch = Some(locked(source)?.fetch(rows)?.to_device(device)?);
-        } else {
-            locked(source)?.take_part(rows)?;
-        }
-    }
-    Ok(batch)
 }
 
 /// Names the last good checkpoint in an error that stops the run for numerical reasons.

@@ -1,4 +1,4 @@
-//! Where the target lies: shared by ranks that train, or on ranks of its own; against one rank that has it all.
+//! A target that ranks share while they train, capture and decode, against one rank that has it all.
 
 use std::process::Command;
 
@@ -12,20 +12,20 @@ use crate::parallel::{How, assert_same_log, left, tokens, ways};
 use crate::world::{Ran, World, conversations, names, torn};
 
 /// States as they are, and an epsilon well above the smallest gradients: what is compared differs by the rounding of sums.
-const EXACT: [&str; 2] = ["capture.dtype=f32", "train.optimizer.eps=1e-4"];
+pub(crate) const EXACT: [&str; 2] = ["capture.dtype=f32", "train.optimizer.eps=1e-4"];
 
 /// A target that ranks can share; nothing on a GPU, where sums are rounded to bfloat16.
-fn world() -> Option<World> {
+pub(crate) fn world() -> Option<World> {
     (test_device() == "cpu").then(|| World::with_target(&SmallTarget::shared(1)))
 }
 
-fn args(command: &str, sets: &[&str]) -> Vec<String> {
+pub(crate) fn args(command: &str, sets: &[&str]) -> Vec<String> {
     let sets = sets.iter().flat_map(|set| ["--set".to_owned(), (*set).to_owned()]);
     [command.to_owned(), "R".to_owned()].into_iter().chain(sets).collect()
 }
 
 /// A command on so many ranks; `sets` say what each is there for.
-fn on(world: &World, how: How, args: &[String]) -> Command {
+pub(crate) fn on(world: &World, how: How, args: &[String]) -> Command {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match how {
         How::Threads => {
@@ -38,7 +38,7 @@ fn on(world: &World, how: How, args: &[String]) -> Command {
 }
 
 #[track_caller]
-fn ok(world: &World, how: How, args: &[String]) -> Ran {
+pub(crate) fn ok(world: &World, how: How, args: &[String]) -> Ran {
     let ran = Ran::of(&mut on(world, how, args));
     assert_eq!(ran.code, Some(0), "{how:?} {args:?}: {}{}", ran.stdout, ran.stderr);
     ran
@@ -56,7 +56,7 @@ fn ranks(args: &[&str]) -> usize {
 
 /// Trains under a name.
 #[track_caller]
-fn train(world: &World, how: How, name: &str, sets: &[&str]) -> Ran {
+pub(crate) fn train(world: &World, how: How, name: &str, sets: &[&str]) -> Ran {
     let named = format!("name={name}");
     ok(world, how, &args("train", &[&[named.as_str()], sets].concat()))
 }
@@ -74,13 +74,13 @@ fn distance(world: &World, name: &str, other: &str) -> f64 {
     (off / all).sqrt()
 }
 
-fn summary(world: &World, name: &str, key: &str) -> Value {
+pub(crate) fn summary(world: &World, name: &str, key: &str) -> Value {
     world.json(&format!("runs/{name}/summary.json"))[key].clone()
 }
 
 /// The same run as `alone`, within the rounding of sums in another order.
 #[track_caller]
-fn assert_same_run(world: &World, name: &str) {
+pub(crate) fn assert_same_run(world: &World, name: &str) {
     assert_same_log(world, name, "alone");
     assert_eq!(tokens(world, name), tokens(world, "alone"), "{name}");
     let off = distance(world, name, "alone");
@@ -122,7 +122,7 @@ fn parallel_a_shared_target_trains_what_one_trains() {
 
 /// Killed so that nobody can clean up, while a step, a checkpoint or an evaluation is going on.
 #[track_caller]
-fn assert_resumes_to_the_same_bits(world: &World, how: How, name: &str, sets: &[&str]) {
+pub(crate) fn assert_resumes_to_the_same_bits(world: &World, how: How, name: &str, sets: &[&str]) {
     let whole = format!("{name}-whole");
     train(world, how, &whole, sets);
     for lines in [1, 8, 13] {
@@ -286,120 +286,6 @@ fn parallel_a_run_with_a_cache_goes_on_to_the_same_bits() {
     world.ok(&["train", "R", "--set", "name=alone"]);
     assert_same_log(&world, "moved", "alone");
     world.ok(&["info", "runs/moved/features", "--verify"]);
-}
-
-/// Ranks that have nothing but the target give the bits that each rank's own target gives.
-#[test]
-fn parallel_a_target_on_ranks_of_its_own_gives_the_same_bits() {
-    let Some(world) = world() else { return };
-    for how in ways() {
-        for (name, sets, apart) in [
-            ("two", &["parallel.data=2"][..], &["parallel.target-ranks=1"][..]),
-            ("one", &["parallel.data=1"], &["parallel.target-ranks=1"]),
-            (
-                "copies",
-                &["parallel.data=4", "parallel.fsdp=full"],
-                &["parallel.target-ranks=2", "parallel.target-tensor=1"],
-            ),
-            ("rows", &["parallel.data=1", "parallel.sequence=2"], &["parallel.target-ranks=1"]),
-        ] {
-            let [together, alone] = ["together", "apart"].map(|side| format!("{how:?}-{name}-{side}"));
-            train(&world, how, &together, sets);
-            let ran = train(&world, how, &alone, &[sets, apart].concat());
-            let [mut got, mut want] = [&alone, &together].map(|name| left(&world, name));
-            if name == "one" {
-                // Without other ranks the optimizer's state is not saved flat.
-                got.1.truncate(1);
-                want.1.truncate(1);
-            }
-            assert!(got == want, "{alone}");
-            for key in
-                ["acceptance_length", "acceptance_length_untrained", "acceptance_per_position", "lossless"]
-            {
-                assert_eq!(summary(&world, &alone, key), summary(&world, &together, key), "{alone}: {key}");
-            }
-            assert_eq!(ran.stdout.matches("acceptance length after").count(), 1, "{}", ran.stdout);
-            assert_eq!(torn(&world.path(&format!("runs/{alone}"))), Vec::<String>::new());
-        }
-    }
-}
-
-#[test]
-fn parallel_a_shared_target_on_ranks_of_its_own_trains_what_one_trains() {
-    let Some(world) = world() else { return };
-    let alone = args("train", &[&["name=alone"], EXACT.as_slice()].concat());
-    world.ok(&alone.iter().map(String::as_str).collect::<Vec<_>>());
-    for how in ways() {
-        for (name, sets) in [
-            ("shared", &["parallel.data=2", "parallel.target-ranks=2"][..]),
-            ("copies", &["parallel.data=2", "parallel.target-ranks=4", "parallel.target-tensor=2"]),
-        ] {
-            let name = format!("{how:?}-{name}");
-            train(&world, how, &name, &[sets, EXACT.as_slice()].concat());
-            assert_same_run(&world, &name);
-        }
-    }
-}
-
-#[test]
-fn parallel_a_run_with_the_target_apart_goes_on_to_the_same_bits() {
-    let Some(world) = world() else { return };
-    for how in ways() {
-        let sets = ["parallel.data=2", "parallel.target-ranks=1"];
-        assert_resumes_to_the_same_bits(&world, how, &format!("{how:?}"), &sets);
-    }
-    // Asked to stop, both sides end.
-    let args = args("train", &["name=asked", "parallel.data=2", "parallel.target-ranks=2"]);
-    let mut running = Running::of(on(&world, How::Threads, &args));
-    running.wait_until(|| logged(&world, "asked") >= 3);
-    running.signal("INT").refused(&["stopped at step", "--resume"]);
-    // And another layout goes on.
-    world.ok(&["train", "R", "--set", "name=asked", "--set", "parallel.data=1", "--resume"]);
-    world.ok(&["train", "R", "--set", "name=alone"]);
-    assert_same_log(&world, "asked", "alone");
-}
-
-/// An error on either side ends both, and is the one that is told.
-#[test]
-fn parallel_an_error_on_either_side_of_a_target_apart_ends_both() {
-    let Some(world) = world() else { return };
-    let fails = |how, world: &World, sets: &[&str], expected: &str| {
-        let sets = [&["parallel.data=2", "parallel.target-ranks=2"], sets].concat();
-        let started = std::time::Instant::now();
-        let ran = Ran::of(&mut on(world, how, &args("train", &sets)));
-        assert_ne!(ran.code, Some(0));
-        assert!(ran.stderr.contains(expected) && !ran.stderr.contains("panicked"), "{}", ran.stderr);
-        assert!(started.elapsed().as_secs() < 30, "a rank waited");
-    };
-    let mut damaged = SmallTarget::shared(1);
-    damaged.tensor("model.layers.2.mlp.up_proj.weight").2[7] = f32::NAN;
-    let broken = World::with_target(&damaged);
-    for how in ways() {
-        fails(how, &broken, &["eval.training-prompts=0"], "hidden states are not finite");
-        let name = format!("name={how:?}");
-        fails(how, &world, &[&name, "train.optimizer.lr=1e30"], "is NaN");
-    }
-}
-
-/// A rank of the target's own is killed: those that train end, and the run goes on to the same bits.
-#[cfg(feature = "mpi")]
-#[test]
-fn parallel_a_killed_rank_of_the_target_ends_the_run_which_goes_on() {
-    let Some(world) = world() else { return };
-    let sets = ["parallel.data=2", "parallel.target-ranks=2"];
-    train(&world, How::Processes, "whole", &sets);
-    let args = args("train", &[&["name=killed", "train.auto-resume=true"], sets.as_slice()].concat());
-    for (lines, rank) in [(3, 2), (9, 3)] {
-        let mut running = Running::of(on(&world, How::Processes, &args));
-        running.wait_until(|| logged(&world, "killed") >= lines);
-        let started = std::time::Instant::now();
-        if let Some(ran) = running.kill_child(rank).filter(|ran| ran.code != Some(0)) {
-            assert!(started.elapsed().as_secs() < 15, "the others went on");
-            assert!(ran.stderr.contains("signal 9"), "{}", ran.stderr);
-        }
-    }
-    ok(&world, How::Processes, &args);
-    assert!(left(&world, "killed") == left(&world, "whole"));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ParallelConfig {
     /// Ranks that the rows of a step are dealt to; absent: as many as were started by torchrun, SLURM or MPI, over
-    /// `tensor` and `sequence`; without one of these, 1.
+    /// `tensor` and `sequence`; without one of these, 1, or as many as `target-tensor` or `target-ranks` need.
     pub data: Option<usize>,
     /// What is spread over the ranks instead of being held by each.
     pub fsdp: Fsdp,
@@ -27,8 +27,8 @@ pub struct ParallelConfig {
     /// Neighbouring ranks that share one copy of the target, however the draft lies over them; absent: all of
     /// `target-ranks`, without these `tensor`.
     pub target_tensor: Option<usize>,
-    /// Ranks behind all others that hold the target and compute features while the others train; 0: those that train
-    /// hold it.
+    /// Ranks behind all others that hold the target and compute features while the others train, in mode `online`; 0:
+    /// those that train hold it.
     pub target_ranks: usize,
     /// Seconds that a rank waits for the others before it gives up; at least 1.
     pub timeout: u64,
