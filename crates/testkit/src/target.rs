@@ -42,11 +42,11 @@ impl SmallTarget {
     }
 
     fn with(seed: u64, heads: usize, vocabulary: usize) -> Self {
-        let (width, intermediate) = (32, 48);
+        let (width, intermediate, head_dim) = (32, 48, 16);
         let config = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
             "num_hidden_layers": 8, "vocab_size": vocabulary, "num_attention_heads": heads, "num_key_value_heads": heads,
-            "head_dim": width / heads, "intermediate_size": intermediate, "max_position_embeddings": 512,
+            "head_dim": head_dim, "intermediate_size": intermediate, "max_position_embeddings": 512,
             "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
             "torch_dtype": "float32", "bos_token_id": null, "eos_token_id": 261,
         });
@@ -55,7 +55,9 @@ impl SmallTarget {
             let mut add = |name: &str, shape: &[usize]| {
                 shapes.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec(), 0.08));
             };
-            ["q", "k", "v", "o"].iter().for_each(|p| add(&format!("self_attn.{p}_proj"), &[width, width]));
+            let all_heads = heads * head_dim;
+            ["q", "k", "v"].iter().for_each(|p| add(&format!("self_attn.{p}_proj"), &[all_heads, width]));
+            add("self_attn.o_proj", &[width, all_heads]);
             add("mlp.gate_proj", &[intermediate, width]);
             add("mlp.up_proj", &[intermediate, width]);
             add("mlp.down_proj", &[width, intermediate]);

@@ -8,6 +8,7 @@ use specforge_store::Reader;
 use specforge_testkit::{SmallTarget, test_device};
 
 use crate::kill::{Running, logged};
+use crate::left::steps;
 use crate::parallel::{How, assert_same_log, left, tokens, ways};
 use crate::world::{Ran, World, conversations, names, torn};
 
@@ -179,6 +180,45 @@ fn parallel_a_shared_target_decodes_what_one_decodes() {
     }
 }
 
+/// Two GPUs, or as many as there are of 2 and 4, a process each; skipped with fewer, or without NCCL.
+#[test]
+fn parallel_gpus_share_a_target_or_keep_it_apart() {
+    let gpus = specforge_cuda::Gpu::count().unwrap_or(0);
+    if gpus < 2 || specforge_cuda::nccl_library().path.is_none() {
+        return;
+    }
+    let world = World::with_target(&SmallTarget::shared(1));
+    let run = |name: &str, sets: &[&str]| {
+        let named = format!("name={name}");
+        let args = args("train", &[&[named.as_str(), "device=cuda"], sets].concat());
+        world.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    };
+    run("alone", &[]);
+    let layouts = [
+        ("shared", 2, &["parallel.data=2", "parallel.target-tensor=2"][..]),
+        ("gradients", 2, &["parallel.data=2", "parallel.target-tensor=2", "parallel.fsdp=gradients"]),
+        ("cache", 2, &["parallel.data=2", "parallel.target-tensor=2", "mode=cache"]),
+        ("apart", 2, &["parallel.data=1", "parallel.target-ranks=1"]),
+        ("four", 4, &["parallel.data=4", "parallel.target-tensor=4", "parallel.fsdp=full"]),
+        ("rows", 4, &["parallel.data=2", "parallel.sequence=2", "parallel.target-tensor=4"]),
+        ("apart-shared", 4, &["parallel.data=2", "parallel.target-ranks=2"]),
+        ("copies", 4, &["parallel.data=2", "parallel.target-ranks=2", "parallel.target-tensor=1"]),
+    ];
+    for (name, _, sets) in layouts.into_iter().filter(|(_, ranks, _)| *ranks <= gpus) {
+        run(name, sets);
+        assert_eq!(tokens(&world, name), tokens(&world, "alone"), "{name}");
+        assert_eq!(summary(&world, name, "lossless"), true, "{name}");
+        for (got, want) in steps(&world, name).iter().zip(steps(&world, "alone")) {
+            let [got, want] = [got, &want].map(|step| step["loss"].as_f64().unwrap());
+            assert!((got / want - 1.0).abs() < 2e-2, "{name}: {got}, alone {want}");
+        }
+        // And again, to the same bits.
+        let again = format!("{name}-again");
+        run(&again, sets);
+        assert!(left(&world, &again) == left(&world, name), "{name}");
+    }
+}
+
 /// Every row of two stores, apart by no more than the last bit of bfloat16.
 fn assert_same_store(world: &World, store: &str, other: &str, rows: usize) {
     let [got, want] = [store, other].map(|store| Reader::open(world.path(store)).unwrap());
@@ -227,6 +267,23 @@ fn parallel_ranks_that_share_a_target_capture_what_one_captures() {
         world.ok(&moved.iter().map(String::as_str).collect::<Vec<_>>());
         assert_same_store(&world, &store, "alone", 900);
         world.ok(&["info", &store, "--verify"]);
+    }
+}
+
+/// Nobody needs the target for the steps; those that decode with the first rank load it when it is time to.
+#[test]
+fn parallel_a_shared_target_is_loaded_for_decoding_alone() {
+    let Some(world) = world() else { return };
+    let offline = ["mode=offline", "store.path=store", EXACT[1]];
+    let alone = |command: &str| args(command, &[offline.as_slice(), &["name=alone"]].concat());
+    for command in ["capture", "train"] {
+        world.ok(&alone(command).iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    for how in ways() {
+        let name = format!("{how:?}-shared");
+        let sets = ["parallel.data=4", "parallel.target-tensor=2"];
+        train(&world, how, &name, &[offline.as_slice(), &sets].concat());
+        assert_same_run(&world, &name);
     }
 }
 
