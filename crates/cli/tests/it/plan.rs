@@ -61,6 +61,10 @@ fn a_target_takes_memory_where_it_lies() {
     let of_its_own = at(&apart, "/projection/target_memory_bytes");
     assert!(of_its_own > 0.5 * of_target(&whole), "{of_its_own}");
     assert_eq!(at(&apart, "/projection/layout/data"), 4.0);
+    // Where it does not fit, the nearest setting is to share it.
+    let gib = at(&whole, "/projection/memory_bytes") * 0.9 / f64::from(1 << 30);
+    let tight = ["plan", "recipe.toml", "--card", "h100", "--gpus", "8", "--memory", &gib.to_string()];
+    world.fails(&tight, &["the nearest setting that fits: --set parallel.target-tensor=2 ("]);
     let refused = ["plan", "recipe.toml", "--card", "h100", "--gpus", "8", "--target-tensor", "3"];
     world.fails(&refused, &["--target-tensor 3", "a divisor of 8"]);
 }

@@ -121,7 +121,10 @@ impl Setting {
         if self.mode != own.mode {
             words.push("--set mode=offline (after specforge capture)".to_owned());
         }
-        if self.layout != own.layout {
+        let with_own_target = Layout { target: own.layout.target, ..self.layout };
+        if self.layout != own.layout && with_own_target == own.layout {
+            words.push(format!("--set parallel.target-tensor={}", self.layout.target));
+        } else if self.layout != own.layout {
             words.push(format!("{} cards: {}", self.layout.ranks(), self.layout));
         }
         words.join(" ")
@@ -144,6 +147,7 @@ fn nearest(subject: &Subject, room: u64) -> Option<(String, u64)> {
     if own.layout.data > 1 && own.layout.zero != 1 {
         all.push(Setting { layout: Layout { zero: 1, ..own.layout }, ..own });
     }
+    all.extend(sharing(subject).map(|layout| Setting { layout, ..own }));
     all.extend(portions.map(|divisor| Setting { divisor, ..own }));
     let smallest = all.iter().map(|s| s.divisor).max().unwrap_or(1);
     let fp8 = own.mode == Mode::Online && subject.device != Device::Cpu && own.dtype != TargetDType::Fp8;
@@ -159,6 +163,18 @@ fn nearest(subject: &Subject, room: u64) -> Option<(String, u64)> {
     }
     let mut sized = all.into_iter().map(|setting| (setting.words(subject), needs(subject, &setting)));
     sized.find(|(_, needs)| *needs <= room)
+}
+
+/// The recipe's layout with its target over more of the same ranks.
+fn sharing(subject: &Subject) -> impl Iterator<Item = Layout> {
+    let (own, online) = (subject.layout, subject.plan.mode != Mode::Offline);
+    let copied = if own.apart > 0 { own.apart } else { own.ranks() };
+    let doubled = (1..).map(move |p| own.target << p);
+    let fits = move |target: &u64| {
+        copied.is_multiple_of(*target) && subject.info.shared_by(*target as usize).is_ok()
+    };
+    let targets = doubled.take_while(move |target| online && *target <= copied).filter(fits);
+    targets.map(move |target| Layout { target, ..own })
 }
 
 /// What the rank needs that needs most.
@@ -229,14 +245,6 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
     // The rows of every rank that a copy serves, over the ranks that share it.
     let target = if online { target * layout.peers() as f64 / layout.target as f64 } else { 0.0 };
     let target = target / steps_of_epoch;
-    let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * accumulation as f64 };
-    let optimizer = card.optimizer(dims, layout.tensor, layout.shards());
-    let compute_seconds = if layout.apart > 0 {
-        // Both at once.
-        target.max(draft.max(launches) + optimizer)
-    } else {
-        (draft + target).max(launches) + optimizer
-    };
     let mut of_step = epoch.clone();
     of_step.shrink(1.0 / steps_of_epoch);
     let sizes = traffic::Sizes {
@@ -246,6 +254,15 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
         rows: &of_step,
         micro_batches: accumulation as f64,
         element: element as f64,
+    };
+    let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * accumulation as f64 };
+    let optimizer = card.optimizer(dims, layout.tensor, layout.shards());
+    let compute_seconds = if layout.apart > 0 {
+        // Both at once.
+        let of_target = target + traffic::of_target(&sizes, layout, &subject.links);
+        of_target.max(draft.max(launches) + optimizer)
+    } else {
+        (draft + target).max(launches) + optimizer
     };
     let traffic = traffic::of(&sizes, layout, &subject.links);
     let step = compute_seconds + traffic.data_seconds + traffic.waited_seconds;

@@ -122,7 +122,7 @@ fn traffic_text(p: &Projection) -> String {
     let sent = bytes((t.data_bytes + t.tensor_bytes + t.sequence_bytes + t.target_bytes) as u64);
     let hides = if p.hides { "which the backward could hide" } else { "more than the backward could hide" };
     format!(
-        "{sent} from each rank a step: gradients and weights {:.1} ms, {hides}; rows and heads {:.1} ms, waited for",
+        "{sent} from each rank a step: gradients and weights {:.1} ms, {hides}; rows, heads and features {:.1} ms, waited for",
         1e3 * t.data_seconds,
         1e3 * t.waited_seconds
     )

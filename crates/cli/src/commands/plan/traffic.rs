@@ -103,10 +103,20 @@ fn tensor_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
 /// of its own, the captured states and the last one of a rank's rows.
 fn target_bytes(s: &Sizes<'_>, target: &TargetInfo, layout: Layout) -> f64 {
     let rows = s.element * s.rows.tokens as f64 * target.hidden_size as f64;
-    if layout.apart > 0 {
-        return 4.0 * rows;
-    }
+    if layout.apart > 0 { 4.0 * rows } else { shared_bytes(target, rows, layout) }
+}
+
+fn shared_bytes(target: &TargetInfo, rows: f64, layout: Layout) -> f64 {
     2.0 * share(layout.target) * 2.0 * target.n_layers as f64 * rows * layout.peers() as f64
+}
+
+/// Seconds in which the ranks of a target's own do nothing but send: sums in every layer, and features.
+pub(super) fn of_target(s: &Sizes<'_>, layout: Layout, links: &Links) -> f64 {
+    let Some(target) = s.target else { return 0.0 };
+    let rows = s.element * s.rows.tokens as f64 * target.hidden_size as f64;
+    let speed = |ranks: u64| if ranks <= links.per_node { links.link } else { links.network };
+    let features = target_bytes(s, target, layout) * layout.peers() as f64;
+    shared_bytes(target, rows, layout) / speed(layout.target) + features / speed(layout.ranks())
 }
 
 fn sequence_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
@@ -150,5 +160,8 @@ mod tests {
         assert_eq!(shared.waited_seconds, shared.target_bytes / 100e9);
         let apart = of(&online, Layout { data: 4, target: 4, apart: 4, ..Layout::ALONE }, &links);
         assert_eq!(apart.target_bytes, 4.0 * 2.0 * 2048.0 * 4096.0);
+        let of_target = of_target(&online, Layout { data: 4, target: 4, apart: 4, ..Layout::ALONE }, &links);
+        let [sums, features] = [2.0 * 0.75 * 2.0 * 32.0 * 4.0, 4.0 * 4.0].map(|n| n * 2.0 * 2048.0 * 4096.0);
+        assert!((of_target / ((sums + features) / 100e9) - 1.0).abs() < 1e-12, "{of_target}");
     }
 }
