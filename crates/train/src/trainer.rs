@@ -17,7 +17,7 @@ use crate::saving::{Saving, Snapshot};
 use crate::step::{PendingStep, evaluate, step};
 use crate::tally::{Tally, from_first};
 use crate::window::Window;
-use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Optimizer, Order, Result, State};
+use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Optimizer, Order, Ranks, Result, State};
 
 /// How a run goes, beyond its order of rows.
 #[derive(Debug, Clone)]
@@ -192,8 +192,8 @@ impl Trainer<'_> {
         let batches = (0..n_batches).map(|_| batches.recv().expect("the fetching thread sends every batch"));
         let pending = step(self.method, (&mut self.params, &mut self.optimizer), batches, (lr, shrink))?;
         let own = Tally { tokens: pending.tokens, stop: hooks.stop_requested() };
-        let tally = match self.data() {
-            Some(data) => own.over(data.group.as_ref(), data.device)?,
+        let tally = match self.optimizer.ranks() {
+            Some(ranks) => own.over(&ranks.mesh)?,
             // Alone, whether to stop is asked after the step.
             None => Later::ready(Tally { stop: false, ..own }),
         };
@@ -287,12 +287,14 @@ impl Trainer<'_> {
             rows => {
                 let own = self.own_rows(rows);
                 let batches = own.iter().map(|rows| fetch(source, rows, self.device()));
-                let figures = evaluate(self.method, &self.params, batches)?;
+                // Half a batch on one of the ranks that share it would be out of step with the others.
+                let halve = self.optimizer.ranks().is_none_or(|ranks| ranks.per_batch() == 1);
+                let figures = evaluate(self.method, &self.params, batches, halve)?;
                 Some(data.as_ref().map_or(Ok(figures.clone()), |data| data.over(figures.clone()))?)
             }
         };
         let mut decoded = None;
-        if data.as_ref().is_none_or(|data| data.is_first) {
+        if self.optimizer.ranks().is_none_or(Ranks::decodes) {
             decoded = hooks.acceptance_length(self.method, &self.params)?;
         }
         let mut estimate = figures.as_ref().map(Figures::estimated_acceptance_length);
