@@ -15,7 +15,7 @@ use specforge_methods::{DraftMethod, Frozen, Sequence};
 use specforge_models::{Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::Reader;
-use specforge_tensor::Params;
+use specforge_tensor::{Device, Param, Params};
 use specforge_train::{
     Cache, Checkpoint, Checkpoints, FeatureSource, Offline, Online, Optimizer, Order, Outcome, Ranks,
     Settings, State, Trainer,
@@ -88,13 +88,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result<Ending> {
+    let ranks = rank.mesh(&plan.parallel)?;
+    let info = expect_method(plan, &of_batch(plan, ranks.as_ref()))?;
     let _lock = if rank.is_first() { Some(lock::take(&plan.run_dir)?) } else { None };
     let resume = resumed(args, plan, rank)?;
     let data = rank.first_then_others(|| setup::prepared(plan))?;
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
-    let ranks = rank.mesh(&plan.parallel)?;
-    let Parts { info, method, params, mut source, mut decoder } =
-        Parts::build(plan, &data, &held_out, (rank, ranks.as_ref()))?;
+    let Parts { method, params, mut source, mut decoder } =
+        Parts::build(plan, &info, (&data, &held_out), (rank, ranks.as_ref()))?;
     let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), ranks)?;
     let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
     let training = Instant::now();
@@ -109,15 +110,19 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
             args.recipe.words()
         )));
     }
+    let tokens_per_second =
+        (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
+    let best = best(&trainer, plan, rank)?;
+    if !trainer.optimizer.ranks().is_none_or(Ranks::decodes) {
+        return Ok(Ending::Done);
+    }
+    let best = use_best(&mut trainer, best)?;
+    let report = decoder.measure(method.as_ref(), &trainer.params)?;
+    let whole = whole(&trainer)?;
     if !rank.is_first() {
         return Ok(Ending::Done);
     }
-    let tokens_per_second =
-        (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
-    let best = use_best(&mut trainer, plan)?;
-    let report = decoder.measure(method.as_ref(), &trainer.params)?;
-    let export_dir =
-        export::write(plan, &info, method.as_ref(), &trainer.params, &export::Options::of(plan, false))?;
+    let export_dir = export::write(plan, &info, method.as_ref(), &whole, &export::Options::of(plan, false))?;
     let summary = Summary {
         name: plan.name.clone(),
         method: plan.method.name(),
@@ -175,12 +180,14 @@ fn begin(
         take_up(trainer, checkpoint, plan)?;
         return Ok(fs_err::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok()));
     }
-    if !rank.is_first() {
-        return Ok(None);
+    if rank.is_first() {
+        setup::write_text(&plan.run_dir.join(PLAN), &plan.to_json())?;
     }
-    setup::write_text(&plan.run_dir.join(PLAN), &plan.to_json())?;
-    let untrained = decoder.acceptance_length(trainer.method, &trainer.params)?;
-    setup::write_json(&path, &untrained)?;
+    let decodes = trainer.optimizer.ranks().is_none_or(Ranks::decodes);
+    let untrained = if decodes { decoder.acceptance_length(trainer.method, &trainer.params)? } else { None };
+    if rank.is_first() {
+        setup::write_json(&path, &untrained)?;
+    }
     Ok(untrained)
 }
 
@@ -243,13 +250,35 @@ fn take_up(trainer: &mut Trainer<'_>, checkpoint: &Checkpoint, plan: &RunPlan) -
     Ok(())
 }
 
+/// The best checkpoint, if it is not where the run stands: the first rank, which has finished writing, tells the others.
+fn best(trainer: &Trainer<'_>, plan: &RunPlan, rank: &Rank) -> Result<Option<Checkpoint>> {
+    let folder = rank.told(|| {
+        let best = Checkpoints::open(plan.run_dir.join("checkpoints"), 0)?.named("best")?;
+        let best = best.filter(|best| best.state.position.step != trainer.state.position.step);
+        Ok(best.map(|best| best.folder.to_string_lossy().into_owned()).unwrap_or_default())
+    })?;
+    if folder.is_empty() { Ok(None) } else { Ok(Some(Checkpoint::open(Path::new(&folder))?)) }
+}
+
 /// The best checkpoint's weights instead of the last ones.
-fn use_best(trainer: &mut Trainer<'_>, plan: &RunPlan) -> Result<u64> {
-    let best = Checkpoints::open(plan.run_dir.join("checkpoints"), 0)?.named("best")?;
-    let step = trainer.state.position.step;
-    let Some(best) = best.filter(|best| best.state.position.step != step) else { return Ok(step) };
+fn use_best(trainer: &mut Trainer<'_>, best: Option<Checkpoint>) -> Result<u64> {
+    let Some(best) = best else { return Ok(trainer.state.position.step) };
     best.restore_weights(&mut trainer.params)?;
     Ok(best.state.position.step)
+}
+
+/// The draft with every matrix whole; the ranks that share its matrices call this.
+fn whole(trainer: &Trainer<'_>) -> Result<Params> {
+    let mut whole = Params::new();
+    for (_, param) in trainer.params.iter() {
+        let mut value = trainer.optimizer.whole(param)?;
+        if param.split.is_some() {
+            // One at a time is whole on a device.
+            value = value.to_device(Device::Cpu)?;
+        }
+        whole.add(param.name.clone(), value, param.trainable);
+    }
+    Ok(whole)
 }
 
 /// The summary as a table.
@@ -285,7 +314,6 @@ fn shown(s: &Summary, plan: &RunPlan) -> String {
 
 /// What a run is built of, mode decided.
 struct Parts {
-    info: TargetInfo,
     method: Box<dyn DraftMethod>,
     params: Params,
     source: Box<dyn FeatureSource>,
@@ -295,8 +323,8 @@ struct Parts {
 impl Parts {
     fn build(
         plan: &RunPlan,
-        data: &Arc<Prepared>,
-        held_out: &[usize],
+        info: &TargetInfo,
+        (data, held_out): (&Arc<Prepared>, &[usize]),
         (rank, ranks): (&Rank, Option<&Ranks>),
     ) -> Result<Self> {
         if plan.mode == Mode::Cache && rank.size() > 1 {
@@ -304,25 +332,24 @@ impl Parts {
                 "mode = \"cache\" has one rank: capture first (`specforge capture` takes any number), then train with mode = \"offline\""
             );
         }
-        let info = TargetInfo::read(&plan.target.path)?;
-        info.expect_teacher()?;
         let target = if plan.mode == Mode::Offline { None } else { Some(setup::target(plan)?) };
         let frozen = match &target {
             Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },
-            None => setup::frozen(plan, &info)?,
+            None => setup::frozen(plan, info)?,
         };
-        let (method, mut params) = setup::draft(plan, &info, &frozen, data, &of_batch(plan, ranks))?;
+        let (method, mut params) = setup::draft(plan, info, &frozen, data, &of_batch(plan, ranks))?;
         if let Some(folder) = &plan.train.warm_start {
             warm_start::replace(folder, method.as_ref(), &mut params)?;
         }
-        setup::expect_room(&info, data)?;
-        let source = source(plan, &info, method.as_ref(), target.clone(), data)?;
+        setup::expect_room(info, data)?;
+        let source = source(plan, info, method.as_ref(), target.clone(), data)?;
         let prompts = setup::prompts(plan, held_out, data, plan.eval.max_prompts)?;
         if prompts.is_empty() {
             note!("warning: no prompt is held out and eval.prompts names none: nothing will be measured");
         }
-        let decoder = Decoder { target, plan: plan.clone(), prompts };
-        Ok(Self { info, method, params, source, decoder })
+        let in_step = ranks.is_some_and(|ranks| ranks.mesh.shape.tensor > 1);
+        let decoder = Decoder { target, plan: plan.clone(), prompts, in_step };
+        Ok(Self { method, params, source, decoder })
     }
 }
 
@@ -333,7 +360,15 @@ fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
         Exchange::Heads => specforge_methods::Exchange::Heads,
     };
     let sequence = ranks.map(|ranks| Sequence { ranks: ranks.mesh.sequence.clone(), exchange });
-    specforge_methods::Ranks { tensor: None, sequence }
+    specforge_methods::Ranks { tensor: ranks.map(|ranks| ranks.mesh.tensor.clone()), sequence }
+}
+
+/// What is known of the target without its weights; fails where the draft cannot be trained for it, or by these ranks.
+fn expect_method(plan: &RunPlan, ranks: &specforge_methods::Ranks) -> Result<TargetInfo> {
+    let info = TargetInfo::read(&plan.target.path)?;
+    info.expect_teacher()?;
+    plan.method.check_shared(&info, ranks.counts())?;
+    Ok(info)
 }
 
 /// Where the features come from.
@@ -399,7 +434,8 @@ fn trainer<'a>(
         "target": Weights::open(&plan.target.path)?.fingerprint(),
         "draft": setup::vocab_hash(method),
     });
-    let trained: usize = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| p.value.len()).sum();
+    let size = |p: &Param| p.whole_shape().iter().product::<usize>();
+    let trained: usize = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| size(p)).sum();
     note!(
         "train     {} rows, {} held out, {total_steps} steps; {} has {:.2} M trained parameters",
         train_rows.len(),

@@ -260,7 +260,7 @@ fn parallel_what_cannot_be_is_told_with_the_way_out() {
         world.fails(&[&["train", "R"], sets.as_slice()].concat(), expected);
     };
     sets(&["parallel.data=4"], &["asks for 4 ranks", "mpirun -n 4", "parallel.data = 1"]);
-    sets(&["parallel.tensor=2"], &["parallel.tensor", "expected 1"]);
+    sets(&["parallel.tensor=0"], &["parallel.tensor", "at least 1"]);
     sets(&["parallel.data=4", "parallel.shards=3"], &["parallel.shards", "a divisor"]);
     sets(&["parallel.ranks-in-process=true"], &["parallel.data", "missing"]);
     sets(&["parallel.timeout=0"], &["parallel.timeout", "at least 1"]);

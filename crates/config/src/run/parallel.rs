@@ -22,7 +22,7 @@ pub struct ParallelConfig {
     pub sequence: usize,
     /// How attention reaches the tokens of the other ranks of a sequence.
     pub exchange: Exchange,
-    /// Ranks that share the matrices of a layer.
+    /// Ranks that share the matrices of the draft: a divisor of its heads, `intermediate-size` and `draft-vocab-size`.
     pub tensor: usize,
     /// Seconds that a rank waits for the others before it gives up; at least 1.
     pub timeout: u64,

@@ -20,6 +20,8 @@ pub(super) struct Decoder {
     pub(super) target: Option<Arc<Target>>,
     pub(super) plan: RunPlan,
     pub(super) prompts: Vec<Vec<u32>>,
+    /// Other ranks decode the same, which they can for one prompt at a time.
+    pub(super) in_step: bool,
 }
 
 impl Decoder {
@@ -43,7 +45,7 @@ impl Decoder {
             return Ok(None);
         }
         let target = self.target()?;
-        let options = Options { plain: false, parallel: true, ..eval::options(&self.plan) };
+        let options = Options { plain: false, parallel: !self.in_step, ..eval::options(&self.plan) };
         let report =
             specforge_eval::evaluate(&target, method, params, &self.prompts[..n], &options, &|_, _| ())?;
         Ok(Some(report.acceptance_length))
