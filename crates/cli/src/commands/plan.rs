@@ -12,8 +12,8 @@ mod work;
 use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValuesParser;
 use specforge_config::{CaptureDType, Fsdp, Mode, RunPlan, TargetDType};
-use specforge_methods::MethodConfig;
 use specforge_methods::eagle3::{self, Dims};
+use specforge_methods::{Counts, Exchange, MethodConfig};
 use specforge_models::TargetInfo;
 use specforge_tensor::Device;
 
@@ -121,7 +121,8 @@ impl Subject {
             Some(tokens) => Work::assumed(&plan, tokens as u64, args.supervised, config.ttt_steps),
             None => Work::prepared(&plan, config.ttt_steps)?,
         };
-        let layout = layout(args, &plan, &dims)?;
+        let layout = layout(args, &plan)?;
+        expect_shared(&plan, &info, layout)?;
         Ok(Self { plan, info, config, dims, device, card, links, layout, work })
     }
 
@@ -173,7 +174,7 @@ fn card(args: &Args, plan: &RunPlan) -> Result<(Device, Card)> {
 }
 
 /// The layout that was asked for.
-fn layout(args: &Args, plan: &RunPlan, dims: &Dims) -> Result<Layout> {
+fn layout(args: &Args, plan: &RunPlan) -> Result<Layout> {
     let parallel = &plan.parallel;
     let tensor = args.tensor.unwrap_or(parallel.tensor as u64);
     let sequence = args.sequence.unwrap_or(parallel.sequence as u64);
@@ -187,12 +188,18 @@ fn layout(args: &Args, plan: &RunPlan, dims: &Dims) -> Result<Layout> {
     if !gpus.is_multiple_of(tensor * sequence) {
         bail!("--gpus {gpus} is no multiple of --tensor {tensor} x --sequence {sequence}");
     }
-    let heads = dims.num_attention_heads as u64;
-    if !heads.is_multiple_of(tensor) {
-        bail!("--tensor {tensor}: expected a divisor of the {heads} attention heads");
-    }
     let data = gpus / (tensor * sequence);
     Ok(Layout { data, tensor, sequence, zero: if data > 1 { zero } else { 0 } })
+}
+
+/// Fails where a training would: the draft cannot be shared like this.
+fn expect_shared(plan: &RunPlan, info: &TargetInfo, layout: Layout) -> Result<()> {
+    let exchange = match plan.parallel.exchange {
+        specforge_config::Exchange::Ring => Exchange::Ring,
+        specforge_config::Exchange::Heads => Exchange::Heads,
+    };
+    let (tensor, sequence) = (layout.tensor as usize, layout.sequence as usize);
+    Ok(plan.method.check_shared(info, Counts { tensor, sequence, exchange })?)
 }
 
 /// A number above 0 of an argument.

@@ -89,13 +89,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result<Ending> {
     let ranks = rank.mesh(&plan.parallel)?;
-    let info = expect_method(plan, &of_batch(plan, ranks.as_ref()))?;
+    let info = expect_possible(plan, (rank, ranks.as_ref()))?;
     let _lock = if rank.is_first() { Some(lock::take(&plan.run_dir)?) } else { None };
     let resume = resumed(args, plan, rank)?;
     let data = rank.first_then_others(|| setup::prepared(plan))?;
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
     let Parts { method, params, mut source, mut decoder } =
-        Parts::build(plan, &info, (&data, &held_out), (rank, ranks.as_ref()))?;
+        Parts::build(plan, &info, (&data, &held_out), ranks.as_ref())?;
     let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), ranks)?;
     let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
     let training = Instant::now();
@@ -325,13 +325,8 @@ impl Parts {
         plan: &RunPlan,
         info: &TargetInfo,
         (data, held_out): (&Arc<Prepared>, &[usize]),
-        (rank, ranks): (&Rank, Option<&Ranks>),
+        ranks: Option<&Ranks>,
     ) -> Result<Self> {
-        if plan.mode == Mode::Cache && rank.size() > 1 {
-            bail!(
-                "mode = \"cache\" has one rank: capture first (`specforge capture` takes any number), then train with mode = \"offline\""
-            );
-        }
         let target = if plan.mode == Mode::Offline { None } else { Some(setup::target(plan)?) };
         let frozen = match &target {
             Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },
@@ -364,10 +359,15 @@ fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
 }
 
 /// What is known of the target without its weights; fails where the draft cannot be trained for it, or by these ranks.
-fn expect_method(plan: &RunPlan, ranks: &specforge_methods::Ranks) -> Result<TargetInfo> {
+fn expect_possible(plan: &RunPlan, (rank, ranks): (&Rank, Option<&Ranks>)) -> Result<TargetInfo> {
+    if plan.mode == Mode::Cache && rank.size() > 1 {
+        bail!(
+            "mode = \"cache\" has one rank: capture first (`specforge capture` takes any number), then train with mode = \"offline\""
+        );
+    }
     let info = TargetInfo::read(&plan.target.path)?;
     info.expect_teacher()?;
-    plan.method.check_shared(&info, ranks.counts())?;
+    plan.method.check_shared(&info, of_batch(plan, ranks).counts())?;
     Ok(info)
 }
 

@@ -11,7 +11,7 @@ use crate::world::{Ran, World, names, torn};
 
 /// How the ranks of a run are started.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum How {
+pub(crate) enum How {
     Threads,
     #[cfg(feature = "mpi")]
     Processes,
@@ -19,7 +19,7 @@ enum How {
 
 impl How {
     /// Kills the ranks, or one of them, so that nothing can be cleaned up.
-    fn kill(self, running: Running) {
+    pub(crate) fn kill(self, running: Running) {
         match self {
             Self::Threads => {
                 running.kill();
@@ -33,7 +33,7 @@ impl How {
 }
 
 /// All that this build has.
-fn ways() -> Vec<How> {
+pub(crate) fn ways() -> Vec<How> {
     vec![
         How::Threads,
         #[cfg(feature = "mpi")]
@@ -60,7 +60,7 @@ fn ok(world: &World, how: How, ranks: usize, args: &[&str]) -> Ran {
 }
 
 /// A recipe of short runs: everything in float32.
-fn world() -> Option<World> {
+pub(crate) fn world() -> Option<World> {
     (test_device() == "cpu").then(World::new)
 }
 
@@ -70,7 +70,7 @@ fn f64_of(value: &Value) -> f64 {
 
 /// The log of a run says what another one's does, within the rounding of sums in another order.
 #[track_caller]
-fn assert_same_log(world: &World, name: &str, other: &str) {
+pub(crate) fn assert_same_log(world: &World, name: &str, other: &str) {
     let (got, want) = (steps(world, name), steps(world, other));
     assert_eq!(got.len(), want.len(), "{name}");
     for (got, want) in got.iter().zip(&want) {
@@ -81,12 +81,12 @@ fn assert_same_log(world: &World, name: &str, other: &str) {
 }
 
 /// Tokens that a run trained on, by its last checkpoint.
-fn tokens(world: &World, name: &str) -> Value {
+pub(crate) fn tokens(world: &World, name: &str) -> Value {
     let latest = world.text(&format!("runs/{name}/checkpoints/latest"));
     world.json(&format!("runs/{name}/checkpoints/{}/state.json", latest.trim()))["tokens"].clone()
 }
 
-fn set(name: &str) -> String {
+pub(crate) fn set(name: &str) -> String {
     format!("name={name}")
 }
 
@@ -109,7 +109,7 @@ fn parallel_runs_log_what_a_single_rank_logs() {
 }
 
 /// What a run on several ranks left that must be the same bits.
-fn left(world: &World, name: &str) -> (Vec<Value>, Vec<Vec<u8>>, Value) {
+pub(crate) fn left(world: &World, name: &str) -> (Vec<Value>, Vec<Vec<u8>>, Value) {
     let latest = world.text(&format!("runs/{name}/checkpoints/latest"));
     let folder = format!("runs/{name}/checkpoints/{}", latest.trim());
     let files = names(&world.path(&folder)).into_iter().filter(|file| file.ends_with(".safetensors"));

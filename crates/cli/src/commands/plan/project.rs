@@ -5,11 +5,11 @@ use serde::Serialize;
 use specforge_config::{Mode, TargetDType};
 use specforge_tensor::Device;
 
-use super::Subject;
 use super::layout::{Layout, of_ranks};
 use super::ledger::{Held, total};
 use super::memory::{Case, peak};
 use super::traffic::{self, Traffic};
+use super::{Subject, expect_shared};
 use crate::commands::bench::flops::{self, Rows, Sizes};
 use crate::show::bytes;
 
@@ -81,7 +81,8 @@ pub(super) fn larger(subject: &Subject) -> Vec<Projection> {
     }
     let fitting = |ranks: u64| {
         let most = subject.links.per_node.min(subject.dims.num_attention_heads as u64);
-        of_ranks(ranks, most).into_iter().find_map(|layout| {
+        let possible = |layout: &Layout| expect_shared(&subject.plan, &subject.info, *layout).is_ok();
+        of_ranks(ranks, most).into_iter().filter(possible).find_map(|layout| {
             let held = memory(subject, &Setting { layout, ..Setting::of(subject) });
             (total(&held) <= room(subject)).then(|| projection(subject, layout, held))
         })
@@ -144,7 +145,8 @@ fn nearest(subject: &Subject, room: u64) -> Option<(String, Held)> {
     if subject.device != Device::Cpu {
         let more =
             [2, 4, 8].into_iter().flat_map(|n| of_ranks(own.layout.ranks() * n, subject.links.per_node));
-        all.extend(more.map(|layout| Setting { layout, divisor: smallest, ..own }));
+        let possible = |layout: &Layout| expect_shared(&subject.plan, &subject.info, *layout).is_ok();
+        all.extend(more.filter(possible).map(|layout| Setting { layout, divisor: smallest, ..own }));
     }
     all.into_iter().find_map(|setting| {
         let held = memory(subject, &setting);
