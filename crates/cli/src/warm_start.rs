@@ -22,10 +22,9 @@ const HEAD: &str = "lm_head.weight";
 pub(crate) fn replace(folder: &Path, method: &dyn DraftMethod, params: &mut Params) -> Result<()> {
     let (tensors, vocab) = read(folder, method)?;
     let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
-    let mut fresh_rows = 0;
     for id in ids {
         let param = params.get_mut(id);
-        let shape = param.value.shape().to_vec();
+        let shape = param.whole_shape();
         let missing = || format!("{}: {} is missing", folder.display(), param.name);
         let tensor = tensors.get(&param.name).with_context(missing)?;
         // Rows of another vocabulary are another number of rows.
@@ -39,15 +38,19 @@ pub(crate) fn replace(folder: &Path, method: &dyn DraftMethod, params: &mut Para
                 tensor.shape
             );
         }
-        let values = if of_tokens {
-            let (values, fresh) = rows_of(method.vocab(), &vocab, &tensor.to_f32(), param.value.to_f32());
-            fresh_rows = fresh;
-            values
+        if of_tokens {
+            let fresh = param.value.to_f32();
+            let rows = fresh.len() / shape[1];
+            let first = param.split.map_or(0, |split| split.piece * rows);
+            let ours = &method.vocab().target_ids()[first..first + rows];
+            let values = rows_of(ours, &vocab, &tensor.to_f32(), fresh);
+            param.value.assign(&Tensor::from_f32(Device::Cpu, values, &[rows, shape[1]])?)?;
         } else {
-            tensor.to_f32()
-        };
-        param.value.assign(&Tensor::from_f32(Device::Cpu, values, &shape)?)?;
+            param.assign_whole(&Tensor::from_f32(Device::Cpu, tensor.to_f32(), &shape)?)?;
+        }
     }
+    let is_new = |token: &&u32| vocab.draft_id(**token).is_none();
+    let fresh_rows = method.vocab().target_ids().iter().filter(is_new).count();
     note!("warm      weights of {}", folder.display());
     if fresh_rows > 0 {
         note!(
@@ -102,18 +105,15 @@ fn read(
     Ok((tensors, vocab))
 }
 
-/// The head `[Vd, H]` over our tokens: rows of `theirs` where they have the token, else of `fresh`; and how many those
-/// are.
-fn rows_of(ours: &VocabMap, others: &VocabMap, theirs: &[f32], mut fresh: Vec<f32>) -> (Vec<f32>, usize) {
+/// The head's rows for our tokens: of `theirs` where they have the token, else of `fresh`.
+fn rows_of(ours: &[u32], others: &VocabMap, theirs: &[f32], mut fresh: Vec<f32>) -> Vec<f32> {
     let width = fresh.len() / ours.len().max(1);
-    let mut kept_fresh = 0;
-    for (row, &token) in fresh.chunks_exact_mut(width.max(1)).zip(ours.target_ids()) {
-        match others.draft_id(token) {
-            Some(id) => row.copy_from_slice(&theirs[id as usize * width..][..width]),
-            None => kept_fresh += 1,
+    for (row, &token) in fresh.chunks_exact_mut(width.max(1)).zip(ours) {
+        if let Some(id) = others.draft_id(token) {
+            row.copy_from_slice(&theirs[id as usize * width..][..width]);
         }
     }
-    (fresh, kept_fresh)
+    fresh
 }
 
 #[cfg(test)]
@@ -125,7 +125,8 @@ mod tests {
         let ours = VocabMap::from_offsets(&[1, 1, 3], 8).unwrap();
         let others = VocabMap::from_offsets(&[2, 4], 8).unwrap();
         assert_eq!((ours.target_ids(), others.target_ids()), (&[1, 2, 5][..], &[2, 5][..]));
-        let (rows, fresh) = rows_of(&ours, &others, &[20., 21., 50., 51.], vec![1.0; 6]);
-        assert_eq!((rows, fresh), (vec![1., 1., 20., 21., 50., 51.], 1));
+        let rows = |ours: &[u32]| rows_of(ours, &others, &[20., 21., 50., 51.], vec![1.0; 2 * ours.len()]);
+        assert_eq!(rows(ours.target_ids()), [1., 1., 20., 21., 50., 51.]);
+        assert_eq!(rows(&ours.target_ids()[1..]), [20., 21., 50., 51.]);
     }
 }

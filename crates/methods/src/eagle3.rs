@@ -33,8 +33,8 @@ use self::dims::N_CAPTURED;
 use self::plan::{At, Plan};
 use self::reach::Reach;
 use crate::{
-    Batch, DraftMethod, Drafter, Error, Frozen, Loss, Metric, PendingLoss, Ranks, Ratio, Result, Sequence,
-    Teacher, VocabMap,
+    Batch, Counts, DraftMethod, Drafter, Error, Frozen, Loss, Metric, PendingLoss, Ranks, Ratio, Result,
+    Sequence, Teacher, VocabMap,
 };
 
 /// The method's name.
@@ -151,6 +151,13 @@ impl Eagle3 {
         Self::drawn_on(&Ranks::default(), config, target, frozen, vocab, draw)
     }
 
+    /// Fails where so many ranks cannot share the work on a draft for this target.
+    pub fn check_shared(config: &Config, target: &TargetInfo, ranks: Counts) -> Result<()> {
+        let draft_vocab_size =
+            config.draft_vocab_size.map_or(target.vocab_size, |n| n.min(target.vocab_size));
+        shares::check(config, &Dims::resolve(config, target, draft_vocab_size)?, ranks)
+    }
+
     fn drawn_on(
         ranks: &Ranks,
         config: &Config,
@@ -160,7 +167,7 @@ impl Eagle3 {
         draw: impl Fn(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<(Self, Params)> {
         let dims = Dims::resolve(config, target, vocab.len())?;
-        shares::check(config, &dims, ranks)?;
+        shares::check(config, &dims, ranks.counts())?;
         let device = frozen.head.device();
         let mut params = Params::new();
         for (name, shape) in dims.weights() {
@@ -209,7 +216,7 @@ impl Eagle3 {
         params: &Params,
     ) -> Result<Self> {
         config.check()?;
-        shares::check(config, &dims, ranks)?;
+        shares::check(config, &dims, ranks.counts())?;
         let rope = RopeTables::new(dims.rope.clone(), frozen.head.device());
         let modules = Modules::find(params, &dims, ranks)?;
         let teacher_head = shares::teacher_head(frozen, &vocab, &dims, ranks)?;

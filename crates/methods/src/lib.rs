@@ -13,7 +13,7 @@ mod ranks;
 mod vocab;
 
 pub use batch::{Batch, Loss, Metric, PendingLoss, Ratio, Teacher};
-pub use ranks::{Exchange, Ranks, Sequence};
+pub use ranks::{Counts, Exchange, Ranks, Sequence};
 pub use vocab::VocabMap;
 
 use std::collections::BTreeMap;
@@ -116,6 +116,13 @@ impl MethodConfig {
     pub fn draft_vocab_size(&self, target: &TargetInfo) -> Option<usize> {
         match self {
             Self::Eagle3(config) => config.draft_vocab_size.filter(|&n| n < target.vocab_size),
+        }
+    }
+
+    /// Refuses settings of a draft for this target that so many ranks cannot share.
+    pub fn check_shared(&self, target: &TargetInfo, ranks: Counts) -> Result<()> {
+        match self {
+            Self::Eagle3(config) => eagle3::Eagle3::check_shared(config, target, ranks),
         }
     }
 

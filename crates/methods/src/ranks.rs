@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use specforge_tensor::{Combine, Grads, Group, Param, Params, Tensor};
+use specforge_tensor::{Combine, Grads, Group, Param, ParamId, Params, Tensor};
 
 use crate::Result;
 
@@ -35,24 +35,51 @@ pub enum Exchange {
     Ring,
 }
 
+/// How many ranks share the work on one batch, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Counts {
+    /// Those that share the matrices of a layer.
+    pub tensor: usize,
+    /// Those that share the rows of a batch.
+    pub sequence: usize,
+    /// How attention reaches the rows of the others.
+    pub exchange: Exchange,
+}
+
 impl Ranks {
-    /// The gradients of a step's batches, from what this rank has of them: sums over the ranks of the sequence, and over
-    /// those that have the same piece of a matrix. All ranks call this once the backward is done, before gradients are
-    /// summed over ranks that train on other batches; a gradient that nothing added to is zeros.
+    /// How many they are.
+    pub fn counts(&self) -> Counts {
+        let (sequence, exchange) =
+            self.sequence.as_ref().map_or((1, Exchange::Ring), |s| (s.ranks.size(), s.exchange));
+        Counts { tensor: self.tensor.as_ref().map_or(1, |ranks| ranks.size()), sequence, exchange }
+    }
+
+    /// The gradients of a step's batches, from what this rank has of them: sums over the ranks of the sequence. All ranks
+    /// call this once the backward is done, before gradients are summed over ranks that train on other batches; a gradient
+    /// that nothing added to is zeros.
     pub fn add_up(&self, params: &Params, grads: &mut Grads) -> Result<()> {
-        if self.sequence().is_none() && self.tensor().is_none() {
-            return Ok(());
-        }
+        let Some(Sequence { ranks, .. }) = self.sequence() else { return Ok(()) };
         for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
-            let zeros = || Tensor::zeros(param.value.device(), param.value.shape());
-            let mut sum = grads.take(id).map_or_else(zeros, Ok)?;
-            if let Some(Sequence { ranks, .. }) = self.sequence() {
-                ranks.all_reduce(&mut sum, Combine::Sum)?;
-            }
-            if let (Some(split), Some(ranks)) = (param.split, self.tensor()) {
-                sum = split.add_copies(sum, ranks)?;
-            }
+            let mut sum = taken(grads, id, param)?;
+            ranks.all_reduce(&mut sum, Combine::Sum)?;
             grads.set(id, sum);
+        }
+        Ok(())
+    }
+
+    /// Settles gradients that several of the ranks that share matrices have: those of the same piece of a matrix add up,
+    /// and of what all have whole, everyone takes the first one's. All ranks call this last, once gradients are summed over
+    /// all others: every such sum is made by ranks of its own and may be rounded in its own way, and what ranks have in
+    /// common stays the same only if every bit of its gradient does. `params` may be flat parts of the pieces.
+    pub fn agree(&self, params: &Params, grads: &mut Grads) -> Result<()> {
+        let Some(ranks) = self.tensor() else { return Ok(()) };
+        for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
+            let mut own = taken(grads, id, param)?;
+            match param.split {
+                Some(split) => own = split.add_copies(own, ranks)?,
+                None => ranks.broadcast(&mut own, 0)?,
+            }
+            grads.set(id, own);
         }
         Ok(())
     }
@@ -66,13 +93,6 @@ impl Ranks {
         }
     }
 
-    /// The share of this rank's squares in those of a whole gradient: added up over the ranks that share matrices, all of
-    /// them make the norm.
-    pub fn share_of_squares(&self, param: &Param) -> f64 {
-        let size = self.tensor().map_or(1, |ranks| ranks.size());
-        param.split.map_or(1.0 / size as f64, |split| split.share_of_squares(size))
-    }
-
     /// The ranks that share matrices, if there are others.
     pub(crate) fn tensor(&self) -> Option<&Arc<dyn Group>> {
         self.tensor.as_ref().filter(|ranks| ranks.size() > 1)
@@ -82,4 +102,10 @@ impl Ranks {
     pub(crate) fn sequence(&self) -> Option<&Sequence> {
         self.sequence.as_ref().filter(|sequence| sequence.ranks.size() > 1)
     }
+}
+
+/// The gradient of a parameter; zeros where there is none.
+fn taken(grads: &mut Grads, id: ParamId, param: &Param) -> Result<Tensor> {
+    let zeros = || Tensor::zeros(param.value.device(), param.value.shape());
+    Ok(grads.take(id).map_or_else(zeros, Ok)?)
 }

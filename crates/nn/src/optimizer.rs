@@ -128,7 +128,7 @@ impl AdamW {
         let mut tensors = Vec::new();
         for ((id, param), state) in params.iter_mut().zip(&mut self.states) {
             if let (Some(state), Some(grad)) = (state, grads.get(id)) {
-                tensors.push(state.tensor(&mut param.value, grad));
+                tensors.push(state.tensor(&mut param.value, grad, across.share(param.split)));
             }
         }
         let norm = match tensors.first() {
@@ -186,9 +186,17 @@ impl State {
     }
 
     /// The arguments of the parameter's next step.
-    fn tensor<'a>(&'a mut self, param: &'a mut Tensor, grad: &'a Tensor) -> AdamTensor<'a> {
+    fn tensor<'a>(&'a mut self, param: &'a mut Tensor, grad: &'a Tensor, share: f64) -> AdamTensor<'a> {
         let Self { exp_avg, exp_avg_sq, remainder, steps } = self;
-        AdamTensor { param, remainder: remainder.as_mut(), exp_avg, exp_avg_sq, grad, step: *steps + 1 }
+        AdamTensor {
+            param,
+            remainder: remainder.as_mut(),
+            exp_avg,
+            exp_avg_sq,
+            grad,
+            step: *steps + 1,
+            share,
+        }
     }
 
     fn named(&self, param: &Param) -> Result<Vec<(String, Tensor)>> {

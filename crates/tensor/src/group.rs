@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::{Error, Result, Tensor};
+use crate::{Error, Result, Split, Tensor};
 
 /// How the values of several ranks become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,12 +60,30 @@ pub trait Group: Debug + Send + Sync {
 }
 
 /// The ranks over which the sums of an optimizer step go, besides this one.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Across<'a> {
-    /// Each of them has a part of the gradients: their squares add up to those of the whole.
+    /// Each of them has a part of the gradients: their squares, by [`Across::share`], add up to those of the whole.
     pub squares: Option<&'a dyn Group>,
     /// Each of them has a part of the weight that gradients are divided by.
     pub weight: Option<&'a dyn Group>,
+    /// Of those with squares: how many share matrices.
+    pub tensor: usize,
+    /// Of those with squares: how many have the same part of the same piece.
+    pub copies: usize,
+}
+
+impl Default for Across<'_> {
+    fn default() -> Self {
+        Self { squares: None, weight: None, tensor: 1, copies: 1 }
+    }
+}
+
+impl Across<'_> {
+    /// The share of a rank's squares in the sum, so that what several ranks have counts once: of a parameter that ranks
+    /// have a piece of each, or all of them whole.
+    pub fn share(&self, split: Option<Split>) -> f64 {
+        split.map_or(1, |split| split.pieces) as f64 / (self.tensor * self.copies) as f64
+    }
 }
 
 /// The shape of one of `size` equal pieces of a tensor, cut along its first dimension.

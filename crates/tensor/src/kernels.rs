@@ -203,6 +203,8 @@ pub struct AdamTensor<'a> {
     pub grad: &'a Tensor,
     /// The number of its step, from 1.
     pub step: u64,
+    /// How much of its gradient's squares counts, see [`Across::share`].
+    pub share: f64,
 }
 
 /// The operations of one device. `R` counts rows; `cols` is a range of weight columns.

@@ -19,6 +19,22 @@ pub struct Param {
     pub split: Option<Split>,
 }
 
+impl Param {
+    /// The shape of the whole tensor that it is of.
+    pub fn whole_shape(&self) -> Vec<usize> {
+        let own = self.value.shape();
+        self.split.map_or_else(|| own.to_vec(), |split| split.whole_shape(own))
+    }
+
+    /// Overwrites the value with what it is of a whole tensor.
+    pub fn assign_whole(&mut self, whole: &Tensor) -> Result<()> {
+        match self.split {
+            Some(split) => self.value.assign(&split.cut(whole)?),
+            None => self.value.assign(whole),
+        }
+    }
+}
+
 /// The parameters of one model in declaration order.
 #[derive(Debug, Clone, Default)]
 pub struct Params {

@@ -48,12 +48,15 @@ impl Split {
         let (size, shape) = (ranks.size(), piece.shape());
         let all = ranks.all_gather(piece)?;
         let (n, width) = (shape[0], piece.len() / shape[0].max(1));
+        if self.rows && self.pieces == size {
+            return all.reshape(&self.whole_shape(shape));
+        }
         let all = all.reshape(&[size * n, width])?;
         let of = |p: usize| (p * size).div_ceil(self.pieces) * n;
         let mut whole = all.rows(of(0)..of(0) + n)?;
         if self.rows {
             (1..self.pieces).try_for_each(|p| whole.append_rows(&all.rows(of(p)..of(p) + n)?))?;
-            return whole.reshape(&[&[self.pieces * n], &shape[1..]].concat());
+            return whole.reshape(&self.whole_shape(shape));
         }
         let mut wide = piece.zeros_like(&[n, self.pieces * width])?;
         for p in 0..self.pieces {
@@ -83,8 +86,11 @@ impl Split {
         Ok(sum.unwrap_or(gradient))
     }
 
-    /// The share of a rank's squares in those of the whole: what all of `size` ranks have of them adds up to the whole's.
-    pub fn share_of_squares(&self, size: usize) -> f64 {
-        self.pieces as f64 / size as f64
+    /// The shape of the whole, from that of a piece.
+    pub fn whole_shape(&self, piece: &[usize]) -> Vec<usize> {
+        let mut shape = piece.to_vec();
+        let cut = if self.rows { shape.first_mut() } else { shape.last_mut() };
+        cut.into_iter().for_each(|n| *n *= self.pieces);
+        shape
     }
 }

@@ -14,7 +14,7 @@ use specforge_tensor::{DType, Device, Params, Tensor};
 use crate::saving::Snapshot;
 use crate::{Error, Optimizer, Result};
 
-pub(crate) use saved::{INDEX, Index, Saved, file_name};
+pub(crate) use saved::{INDEX, Index, Saved, Wanted};
 
 /// Where a run stands in its order of rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -100,14 +100,14 @@ impl Checkpoint {
         optimizer.restore(params, self.state.position.step, &Saved::open(&self.folder)?)
     }
 
-    /// Puts the saved weights of the draft into place.
+    /// Puts the saved weights of the draft into place, or of matrices that ranks share this one's pieces.
     pub fn restore_weights(&self, params: &mut Params) -> Result<()> {
         let weights = open(self.draft())?;
         let ids: Vec<_> = params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
         for id in ids {
             let param = params.get_mut(id);
-            let view = weights.require(&param.name, param.value.shape())?;
-            param.value.assign(&Tensor::from_f32(Device::Cpu, view.to_f32(), param.value.shape())?)?;
+            let whole = weights.require(&param.name, &param.whole_shape())?.to_f32();
+            param.assign_whole(&Tensor::from_f32(Device::Cpu, whole, &param.whole_shape())?)?;
         }
         Ok(())
     }

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use specforge_methods::{Exchange, Sequence};
 use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
-use specforge_parallel::{Level, Mesh, Shards, sum};
-use specforge_tensor::{Across, DType, Grads, Later, ParamId, Params, Tensor};
+use specforge_parallel::{Level, Mesh, MeshShape, Shards, sum};
+use specforge_tensor::{Across, DType, Grads, Later, Param, ParamId, Params, Tensor};
 
 use crate::Result;
-use crate::checkpoint::Saved;
+use crate::checkpoint::{Index, Saved, Wanted};
 
 /// The ranks that train together.
 #[derive(Debug, Clone)]
@@ -31,7 +31,27 @@ impl Ranks {
     /// Those that share a batch: how attention reaches their rows is for the method to know.
     fn of_batch(&self) -> specforge_methods::Ranks {
         let (ranks, exchange) = (self.mesh.sequence.clone(), Exchange::Ring);
-        specforge_methods::Ranks { tensor: None, sequence: Some(Sequence { ranks, exchange }) }
+        let tensor = Some(self.mesh.tensor.clone());
+        specforge_methods::Ranks { tensor, sequence: Some(Sequence { ranks, exchange }) }
+    }
+
+    /// Whether this is the first rank, or shares matrices with it: together they have one whole draft.
+    pub(crate) fn is_beside_first(&self) -> bool {
+        let place = self.mesh.place;
+        place.replica + place.shard + place.sequence == 0
+    }
+
+    /// Ranks that are given the same batch.
+    pub(crate) fn per_batch(&self) -> usize {
+        self.mesh.shape.sequence * self.mesh.shape.tensor
+    }
+
+    /// Everyone, so that a norm and a weight are one number to the bit.
+    fn across(&self) -> Across<'_> {
+        let MeshShape { replicas, shards, sequence, tensor } = self.mesh.shape;
+        let copies = replicas * sequence * if self.level == Level::None { shards } else { 1 };
+        let world = Some(self.mesh.world.as_ref());
+        Across { squares: world, weight: world, tensor, copies }
     }
 }
 
@@ -112,22 +132,23 @@ impl Optimizer {
         (weight, lr): (f64, f64),
     ) -> Result<Later<StepReport>> {
         let Some(ranks) = &self.ranks else { return Ok(self.adamw.step(params, &grads, weight, lr)?) };
-        let data = Some(ranks.mesh.data.as_ref());
+        let (of_batch, across) = (ranks.of_batch(), ranks.across());
+        let weight_lr = (weight / ranks.per_batch() as f64, lr);
         let is_sent = matches!(ranks.level, Level::Gradients | Level::Full);
         if !is_sent {
-            ranks.of_batch().add_up(params, &mut grads)?;
+            of_batch.add_up(params, &mut grads)?;
         }
         let Some(parts) = &mut self.parts else {
             sum_all(ranks, params, &mut grads)?;
-            let across = Across { squares: None, weight: data };
-            return Ok(self.adamw.step_across(params, &grads, (weight, lr), &across)?);
+            of_batch.agree(params, &mut grads)?;
+            return Ok(self.adamw.step_across(params, &grads, weight_lr, &across)?);
         };
         if !is_sent {
             parts.add(&mut grads)?;
         }
-        let across = Across { squares: Some(parts.shards.group()), weight: data };
-        let sums = std::mem::take(&mut parts.grads);
-        let report = self.adamw.step_across(&mut parts.params, &sums, (weight, lr), &across)?;
+        let mut sums = std::mem::take(&mut parts.grads);
+        of_batch.agree(&parts.params, &mut sums)?;
+        let report = self.adamw.step_across(&mut parts.params, &sums, weight_lr, &across)?;
         parts.hand_back(params, ranks.level)?;
         Ok(report)
     }
@@ -135,38 +156,57 @@ impl Optimizer {
     /// What a checkpoint keeps of this rank: tensors, and of how many files theirs is which. Nothing for a rank that
     /// holds what another one saves.
     pub(crate) fn state(&self, params: &Params) -> Result<Option<OptimizerState>> {
-        let Some(ranks) = &self.ranks else { return self.whole_state(params) };
+        let Some(ranks) = &self.ranks else { return self.whole_state(params, (0, 1)).map(Some) };
+        let (place, MeshShape { shards, tensor, .. }) = (ranks.mesh.place, ranks.mesh.shape);
         let Some(parts) = &self.parts else {
-            return if ranks.mesh.is_first() { self.whole_state(params) } else { Ok(None) };
+            let beside = ranks.is_beside_first();
+            return if beside {
+                self.whole_state(params, (place.tensor, tensor)).map(Some)
+            } else {
+                Ok(None)
+            };
         };
-        let place = ranks.mesh.place;
-        if place.replica + place.sequence + place.tensor > 0 {
+        if place.replica + place.sequence > 0 {
             return Ok(None);
         }
         let named = self.adamw.state(&parts.params)?;
         let tensors = named.into_iter().map(|(name, tensor)| parts.trimmed(name, tensor));
-        let (file, files) = (place.shard, ranks.mesh.shape.shards);
-        Ok(Some(OptimizerState { tensors: tensors.collect::<Result<_>>()?, file, files }))
+        let (file, index) =
+            (place.tensor * shards + place.shard, Index::new(tensor * shards, tensor, params));
+        Ok(Some(OptimizerState { tensors: tensors.collect::<Result<_>>()?, file, index }))
     }
 
-    fn whole_state(&self, params: &Params) -> Result<Option<OptimizerState>> {
-        Ok(Some(OptimizerState { tensors: self.adamw.state(params)?, file: 0, files: 1 }))
+    /// Of a rank whose parameters are no parts, one of so many that share matrices.
+    fn whole_state(&self, params: &Params, (file, tensor): (usize, usize)) -> Result<OptimizerState> {
+        let index = Index::new(tensor, tensor, params);
+        Ok(OptimizerState { tensors: self.adamw.state(params)?, file, index })
+    }
+
+    /// The whole of a parameter that is there; of one that ranks share all of them call this.
+    pub fn whole(&self, param: &Param) -> Result<Tensor> {
+        let Some(ranks) = &self.ranks else { return Ok(param.value.clone()) };
+        Ok(ranks.of_batch().whole(param, &param.value)?)
     }
 
     /// Goes on from a saved state, whatever number of ranks wrote it; `params` have the saved weights already.
     pub(crate) fn restore(&mut self, params: &mut Params, steps: u64, saved: &Saved) -> Result<()> {
         let config = self.adamw.config().clone();
+        let wants: BTreeMap<String, Wanted> =
+            params.iter().map(|(_, p)| (p.name.clone(), Wanted::of(p))).collect();
+        let own = |name: &str| {
+            let (_, param) = name.split_once('.')?;
+            saved.piece(name, wants.get(param)?)
+        };
         let Some(ranks) = self.ranks.as_ref().filter(|_| self.parts.is_some()) else {
-            let shapes: BTreeMap<String, Vec<usize>> =
-                params.iter().map(|(_, p)| (p.name.clone(), p.value.shape().to_vec())).collect();
-            let shape = |name: &str| name.split_once('.').and_then(|(_, param)| shapes.get(param));
-            let find = |name: &str| saved.whole(name, shape(name).map(Vec::as_slice));
-            self.adamw = AdamW::restore(config, params, steps, find)?;
+            self.adamw = AdamW::restore(config, params, steps, own)?;
             return Ok(());
         };
         let mut parts = Parts::cut(ranks, params)?;
         let shards = parts.shards.clone();
-        let find = |name: &str| saved.part(name, &shards);
+        let find = |name: &str| {
+            let piece = own(name)?;
+            if name.starts_with("step.") { Some(piece) } else { shards.cut(&piece).ok() }
+        };
         self.adamw = AdamW::restore(config, &mut parts.params, steps, find)?;
         parts.hand_back(params, Level::Gradients)?;
         self.parts = Some(parts);
@@ -179,7 +219,7 @@ impl Optimizer {
 pub(crate) struct OptimizerState {
     pub tensors: Vec<(String, Tensor)>,
     pub file: usize,
-    pub files: usize,
+    pub index: Index,
 }
 
 impl Parts {
@@ -188,6 +228,7 @@ impl Parts {
         let (mut cut, mut whole) = (Params::new(), Vec::new());
         for (id, param) in params.iter().filter(|(_, param)| param.trainable) {
             let part = cut.add(param.name.clone(), shards.cut(&param.value)?, true);
+            cut.get_mut(part).split = param.split;
             whole.push((id, part, param.value.shape().to_vec()));
         }
         Ok(Self { shards, params: cut, whole, grads: Grads::new() })

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use specforge_export::{Tensor as FileTensor, write_safetensors};
 use specforge_tensor::Params;
 
-use crate::checkpoint::{DRAFT, INDEX, Index, STATE, file_name, file_tensor, sync_folder, write_synced};
-use crate::{Checkpoints, Error, Optimizer, Result, State};
+use crate::checkpoint::{DRAFT, INDEX, Index, STATE, file_tensor, sync_folder, write_synced};
+use crate::{Checkpoints, Error, Optimizer, Ranks, Result, State};
 
 /// How often the first rank looks whether the others' files are there.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -21,10 +21,8 @@ pub(crate) struct Snapshot {
     /// Whether this rank completes the checkpoint.
     pub is_first: bool,
     draft: Vec<FileTensor<'static>>,
-    /// This rank's file of the optimizer's state, and of how many.
-    optimizer: Option<(Vec<FileTensor<'static>>, usize)>,
-    /// Files of the optimizer's state, by all ranks.
-    files: usize,
+    /// This rank's file of the optimizer's state, its number, and the files of all ranks.
+    optimizer: Option<(Vec<FileTensor<'static>>, usize, Index)>,
     patience: Duration,
 }
 
@@ -32,31 +30,37 @@ impl Snapshot {
     /// Copies what this rank is to write. Every parameter is there whole.
     pub(crate) fn take(params: &Params, optimizer: &Optimizer, state: &State) -> Result<Self> {
         let is_first = optimizer.ranks().is_none_or(|ranks| ranks.mesh.is_first());
-        let trained = params.iter().filter(|(_, p)| p.trainable && is_first);
-        let draft = trained.map(|(_, p)| file_tensor(&p.name, &p.value)).collect();
-        let own = optimizer.state(params)?;
-        let files = own.as_ref().map_or(1, |own| own.files);
-        let optimizer_file = own.map(|own| {
-            (own.tensors.iter().map(|(name, tensor)| file_tensor(name, tensor)).collect(), own.file)
+        let is_beside_first = optimizer.ranks().is_none_or(Ranks::is_beside_first);
+        let mut draft = Vec::new();
+        for (_, param) in params.iter().filter(|(_, p)| p.trainable && is_beside_first) {
+            // One matrix at a time is whole on a device.
+            let whole = optimizer.whole(param)?;
+            if is_first {
+                draft.push(file_tensor(&param.name, &whole));
+            }
+        }
+        let own = optimizer.state(params)?.map(|own| {
+            let tensors = own.tensors.iter().map(|(name, tensor)| file_tensor(name, tensor)).collect();
+            (tensors, own.file, own.index)
         });
         let patience = optimizer.ranks().map_or(Duration::ZERO, |ranks| ranks.patience);
         let state = state.clone();
-        Ok(Self { state, is_first, draft, optimizer: optimizer_file, files, patience })
+        Ok(Self { state, is_first, draft, optimizer: own, patience })
     }
 
     /// Writes this rank's files into a folder; the first rank returns once everyone's are there.
     pub(crate) fn write(&self, folder: &Path) -> Result<()> {
         fs_err::create_dir_all(folder)?;
-        if let Some((tensors, file)) = &self.optimizer {
-            write_safetensors(&folder.join(file_name(*file, self.files)), tensors)?;
+        if let Some((tensors, file, index)) = &self.optimizer {
+            write_safetensors(&folder.join(&index.files[*file]), tensors)?;
         }
         if !self.is_first {
             return Ok(());
         }
         write_safetensors(&folder.join(DRAFT), &self.draft)?;
-        if self.files > 1 {
-            let index = Index { files: (0..self.files).map(|file| file_name(file, self.files)).collect() };
-            let text = serde_json::to_string_pretty(&index).map_err(std::io::Error::other)?;
+        let index = self.optimizer.as_ref().map(|(_, _, index)| index);
+        if let Some(index) = index.filter(|index| index.files.len() > 1) {
+            let text = serde_json::to_string_pretty(index).map_err(std::io::Error::other)?;
             write_synced(&folder.join(INDEX), &text)?;
         }
         let text = serde_json::to_string_pretty(&self.state).map_err(std::io::Error::other)?;
@@ -68,9 +72,8 @@ impl Snapshot {
     /// A file is there once it is complete.
     fn wait_for_others(&self, folder: &Path) -> Result<()> {
         let until = Instant::now() + self.patience;
-        let missing = || {
-            (0..self.files).map(|file| file_name(file, self.files)).find(|name| !folder.join(name).exists())
-        };
+        let files: Vec<&String> = self.optimizer.iter().flat_map(|(_, _, index)| &index.files).collect();
+        let missing = || files.iter().find(|name| !folder.join(name).exists());
         while let Some(name) = missing() {
             if Instant::now() > until {
                 let reason = format!(

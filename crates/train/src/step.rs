@@ -165,16 +165,17 @@ fn expect_finite(what: &'static str, value: f64, rows: &[u64], step: u64) -> Res
 }
 
 /// Losses and metrics of held-out batches; nothing is trained. A batch that does not fit into device memory goes in
-/// halves.
+/// halves if it may.
 pub(crate) fn evaluate(
     method: &dyn DraftMethod,
     params: &Params,
     batches: impl Iterator<Item = Result<Option<Batch>>>,
+    halve: bool,
 ) -> Result<Figures> {
     let mut figures = Figures::default();
     for batch in batches {
         if let Some(batch) = batch? {
-            evaluate_batch(method, params, &batch, &mut figures)?;
+            evaluate_batch(method, params, &batch, (&mut figures, halve))?;
         }
     }
     Ok(figures)
@@ -184,15 +185,15 @@ fn evaluate_batch(
     method: &dyn DraftMethod,
     params: &Params,
     batch: &Batch,
-    figures: &mut Figures,
+    (figures, halve): (&mut Figures, bool),
 ) -> Result<()> {
     let loss = method.loss(&Tape::inference(params), batch).map_err(Error::from);
     match loss.and_then(|pending| Ok(pending.loss.wait()?)) {
         Ok(loss) => figures.add(&loss, batch.n_tokens()),
         Err(error) => {
-            let halves = if error.is_out_of_memory() { batch.halves()? } else { None };
+            let halves = if halve && error.is_out_of_memory() { batch.halves()? } else { None };
             let Some(halves) = halves else { return Err(error.of_batch(batch.n_tokens())) };
-            halves.iter().try_for_each(|half| evaluate_batch(method, params, half, figures))?;
+            halves.iter().try_for_each(|half| evaluate_batch(method, params, half, (figures, halve)))?;
         }
     }
     Ok(())

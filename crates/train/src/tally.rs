@@ -1,6 +1,7 @@
 //! Figures that ranks add up: what every step needs at once, and what a line of the log needs now and then.
 
 use specforge_methods::Ratio;
+use specforge_parallel::Mesh;
 use specforge_tensor::{Combine, Device, Group, Later, Tensor};
 
 use crate::{Figures, Result};
@@ -15,10 +16,13 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Adds up over the ranks, when their devices have got there. All of them see the same stop at the same step.
-    pub(crate) fn over(self, group: &dyn Group, device: Device) -> Result<Later<Self>> {
-        let mut sums = Tensor::from_f64(device, vec![self.tokens as f64, f64::from(u8::from(self.stop))])?;
-        group.all_reduce(&mut sums, Combine::Sum)?;
+    /// Adds up over all ranks, when their devices have got there. All of them see the same stop at the same step; rows
+    /// that several ranks share count once.
+    pub(crate) fn over(self, mesh: &Mesh) -> Result<Later<Self>> {
+        let counts = mesh.place.sequence + mesh.place.tensor == 0;
+        let own = [if counts { self.tokens as f64 } else { 0.0 }, f64::from(u8::from(self.stop))];
+        let mut sums = Tensor::from_f64(mesh.device, own.to_vec())?;
+        mesh.world.all_reduce(&mut sums, Combine::Sum)?;
         Ok(sums.later_f64()?.map(|sums| Self { tokens: sums[0] as u64, stop: sums[1] > 0.0 }))
     }
 }

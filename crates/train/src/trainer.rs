@@ -218,8 +218,8 @@ impl Trainer<'_> {
         let batches = (0..n_batches).map(|_| batches.next().expect("every batch is fetched"));
         let pending = step(self.method, (&mut self.params, &mut self.optimizer), batches, (lr, shrink))?;
         let own = Tally { tokens: pending.tokens, stop: hooks.stop_requested() };
-        let tally = match self.data() {
-            Some(data) => own.over(data.group.as_ref(), data.device)?,
+        let tally = match self.optimizer.ranks() {
+            Some(ranks) => own.over(&ranks.mesh)?,
             // Alone, whether to stop is asked after the step.
             None => Later::ready(Tally { stop: false, ..own }),
         };
@@ -314,7 +314,9 @@ impl Trainer<'_> {
                 let peers = locked(source)?.meets();
                 let own = self.rounds(rows, peers);
                 let batches = own.iter().map(|round| fetch(source, round, self.device()));
-                let figures = evaluate(self.method, &self.params, batches)?;
+                // Half a batch on one of the ranks that share it would be out of step with the others.
+                let halve = self.optimizer.ranks().is_none_or(|ranks| ranks.per_batch() == 1);
+                let figures = evaluate(self.method, &self.params, batches, halve)?;
                 Some(data.as_ref().map_or(Ok(figures.clone()), |data| data.over(figures.clone()))?)
             }
         };

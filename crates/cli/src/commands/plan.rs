@@ -12,8 +12,8 @@ mod work;
 use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValuesParser;
 use specforge_config::{CaptureDType, Fsdp, Mode, ParallelConfig, RunPlan, TargetDType};
-use specforge_methods::MethodConfig;
 use specforge_methods::eagle3::{self, Dims};
+use specforge_methods::{Counts, Exchange, MethodConfig};
 use specforge_models::TargetInfo;
 use specforge_tensor::Device;
 
@@ -127,7 +127,8 @@ impl Subject {
             Some(tokens) => Work::assumed(&plan, tokens as u64, args.supervised, config.ttt_steps),
             None => Work::prepared(&plan, config.ttt_steps)?,
         };
-        let layout = layout(args, &plan, &info, &dims)?;
+        let layout = layout(args, &plan, &info)?;
+        expect_shared(&plan, &info, layout)?;
         Ok(Self { plan, info, config, dims, device, card, links, layout, work })
     }
 
@@ -179,7 +180,7 @@ fn card(args: &Args, plan: &RunPlan) -> Result<(Device, Card)> {
 }
 
 /// The layout that was asked for.
-fn layout(args: &Args, plan: &RunPlan, info: &TargetInfo, dims: &Dims) -> Result<Layout> {
+fn layout(args: &Args, plan: &RunPlan, info: &TargetInfo) -> Result<Layout> {
     let parallel = ParallelConfig {
         tensor: args.tensor.map_or(plan.parallel.tensor, |n| n as usize),
         sequence: args.sequence.map_or(plan.parallel.sequence, |n| n as usize),
@@ -201,10 +202,6 @@ fn layout(args: &Args, plan: &RunPlan, info: &TargetInfo, dims: &Dims) -> Result
         let of_target = if apart > 0 { format!(", {apart} of them for the target,") } else { String::new() };
         bail!("--gpus {gpus}{of_target} is no multiple of --tensor {tensor} x --sequence {sequence}");
     }
-    let heads = dims.num_attention_heads as u64;
-    if !heads.is_multiple_of(tensor) {
-        bail!("--tensor {tensor}: expected a divisor of the {heads} attention heads");
-    }
     let data = training / (tensor * sequence);
     let copied = if apart > 0 { apart } else { gpus };
     if !copied.is_multiple_of(target) || apart > 0 && !data.is_multiple_of(apart / target) {
@@ -216,6 +213,16 @@ fn layout(args: &Args, plan: &RunPlan, info: &TargetInfo, dims: &Dims) -> Result
         info.shared_by(target as usize)?;
     }
     Ok(Layout { data, tensor, sequence, zero: if data > 1 { zero } else { 0 }, target, apart })
+}
+
+/// Fails where a training would: the draft cannot be shared like this.
+fn expect_shared(plan: &RunPlan, info: &TargetInfo, layout: Layout) -> Result<()> {
+    let exchange = match plan.parallel.exchange {
+        specforge_config::Exchange::Ring => Exchange::Ring,
+        specforge_config::Exchange::Heads => Exchange::Heads,
+    };
+    let (tensor, sequence) = (layout.tensor as usize, layout.sequence as usize);
+    Ok(plan.method.check_shared(info, Counts { tensor, sequence, exchange })?)
 }
 
 /// A number above 0 of an argument.

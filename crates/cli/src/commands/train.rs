@@ -13,11 +13,11 @@ use serde::Serialize;
 use serde_json::json;
 use specforge_config::{Exchange, Length, Mode, OnOom, RunPlan};
 use specforge_data::Prepared;
-use specforge_methods::{DraftMethod, Sequence};
+use specforge_methods::{Counts, DraftMethod, Sequence};
 use specforge_models::{Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::Reader;
-use specforge_tensor::Params;
+use specforge_tensor::{Device, Param, Params};
 use specforge_train::{
     Cache, Checkpoint, Checkpoints, FeatureSource, Offline, Online, Optimizer, Order, Outcome, Ranks,
     Received, Settings, State, Trainer, Writers,
@@ -92,6 +92,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result<Ending> {
+    let info = expect_possible(plan)?;
     let _lock = if rank.is_first() { Some(lock::take(&plan.run_dir)?) } else { None };
     let resume = resumed(args, plan, rank)?;
     let data = rank.first_then_others(|| setup::prepared(plan))?;
@@ -102,8 +103,8 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
         let served = Served { sharing, peers, dealt, clients, resume: resume.as_ref() };
         return serve(plan, &data, (&train_rows, &held_out), served);
     }
-    let Parts { info, method, params, mut source, mut decoder } =
-        Parts::build(plan, &data, &held_out, (rank, &layout))?;
+    let Parts { method, params, mut source, mut decoder } =
+        Parts::build(plan, &info, (&data, &held_out), (rank, &layout))?;
     let mut trainer =
         trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), layout.train.take())?;
     let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
@@ -131,11 +132,11 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     let best = use_best(&mut trainer, plan)?;
     let report = decoder.measure(method.as_ref(), &trainer.params, true)?;
     layout.end()?;
+    let whole = whole(&trainer)?;
     if !rank.is_first() {
         return Ok(Ending::Done);
     }
-    let export_dir =
-        export::write(plan, &info, method.as_ref(), &trainer.params, &export::Options::of(plan, false))?;
+    let export_dir = export::write(plan, &info, method.as_ref(), &whole, &export::Options::of(plan, false))?;
     let summary = Summary {
         name: plan.name.clone(),
         method: plan.method.name(),
@@ -271,6 +272,20 @@ fn use_best(trainer: &mut Trainer<'_>, plan: &RunPlan) -> Result<u64> {
     Ok(best.state.position.step)
 }
 
+/// The draft with every matrix whole; the ranks that share its matrices call this.
+fn whole(trainer: &Trainer<'_>) -> Result<Params> {
+    let mut whole = Params::new();
+    for (_, param) in trainer.params.iter() {
+        let mut value = trainer.optimizer.whole(param)?;
+        if param.split.is_some() {
+            // One at a time is whole on a device.
+            value = value.to_device(Device::Cpu)?;
+        }
+        whole.add(param.name.clone(), value, param.trainable);
+    }
+    Ok(whole)
+}
+
 /// The summary as a table.
 fn shown(s: &Summary, plan: &RunPlan) -> String {
     let length = |l: Option<f64>| l.map_or("not measured".to_owned(), |l| format!("{l:.2}"));
@@ -304,7 +319,6 @@ fn shown(s: &Summary, plan: &RunPlan) -> String {
 
 /// What a run is built of, mode decided.
 struct Parts {
-    info: TargetInfo,
     method: Box<dyn DraftMethod>,
     params: Params,
     source: Box<dyn FeatureSource>,
@@ -314,12 +328,10 @@ struct Parts {
 impl Parts {
     fn build(
         plan: &RunPlan,
-        data: &Arc<Prepared>,
-        held_out: &[usize],
+        info: &TargetInfo,
+        (data, held_out): (&Arc<Prepared>, &[usize]),
         (rank, layout): (&Rank, &Layout),
     ) -> Result<Self> {
-        let info = TargetInfo::read(&plan.target.path)?;
-        info.expect_teacher()?;
         let sharing = layout.target.clone();
         let of_batch = of_batch(plan, layout.train.as_ref());
         // Read from a store, or from ranks of the target's own, features need no target here.
@@ -327,32 +339,47 @@ impl Parts {
         let target = if is_here { Some(setup::target(plan, sharing.as_ref())?) } else { None };
         let frozen = match &target {
             Some(target) => setup::frozen_of(plan, target, &of_batch)?,
-            None => setup::frozen(plan, &info)?,
+            None => setup::frozen(plan, info)?,
         };
-        let (method, mut params) = setup::draft(plan, &info, &frozen, data, &of_batch)?;
+        let (method, mut params) = setup::draft(plan, info, &frozen, data, &of_batch)?;
         if let Some(folder) = &plan.train.warm_start {
             warm_start::replace(folder, method.as_ref(), &mut params)?;
         }
-        setup::expect_room(&info, data)?;
-        let source = source(plan, (&info, data), method.as_ref(), target.clone(), (rank, layout))?;
+        setup::expect_room(info, data)?;
+        let source = source(plan, (info, data), method.as_ref(), target.clone(), (rank, layout))?;
         let prompts = setup::prompts(plan, held_out, data, plan.eval.max_prompts)?;
         if prompts.is_empty() {
             note!("warning: no prompt is held out and eval.prompts names none: nothing will be measured");
         }
+        let in_step = sharing.is_some() || plan.parallel.tensor > 1;
         let far = layout.line().map(|line| Far { line, draft: of_batch, asks: rank.is_first() });
-        let decoder = Decoder { target, sharing, decodes: layout.decodes, far, plan: plan.clone(), prompts };
-        Ok(Self { info, method, params, source, decoder })
+        let (decodes, plan) = (layout.decodes, plan.clone());
+        let decoder = Decoder { target, sharing, decodes, in_step, far, plan, prompts };
+        Ok(Self { method, params, source, decoder })
     }
 }
 
 /// The ranks that share a batch.
 fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
-    let exchange = match plan.parallel.exchange {
+    let exchange = exchange(plan);
+    let sequence = ranks.map(|ranks| Sequence { ranks: ranks.mesh.sequence.clone(), exchange });
+    specforge_methods::Ranks { tensor: ranks.map(|ranks| ranks.mesh.tensor.clone()), sequence }
+}
+
+fn exchange(plan: &RunPlan) -> specforge_methods::Exchange {
+    match plan.parallel.exchange {
         Exchange::Ring => specforge_methods::Exchange::Ring,
         Exchange::Heads => specforge_methods::Exchange::Heads,
-    };
-    let sequence = ranks.map(|ranks| Sequence { ranks: ranks.mesh.sequence.clone(), exchange });
-    specforge_methods::Ranks { tensor: None, sequence }
+    }
+}
+
+/// What is known of the target without its weights; fails where the draft cannot be trained for it, or by these ranks.
+fn expect_possible(plan: &RunPlan) -> Result<TargetInfo> {
+    let info = TargetInfo::read(&plan.target.path)?;
+    info.expect_teacher()?;
+    let (tensor, sequence) = (plan.parallel.tensor, plan.parallel.sequence);
+    plan.method.check_shared(&info, Counts { tensor, sequence, exchange: exchange(plan) })?;
+    Ok(info)
 }
 
 /// Where the features come from.
@@ -414,7 +441,8 @@ fn trainer<'a>(
         "target": Weights::open(&plan.target.path)?.fingerprint(),
         "draft": setup::vocab_hash(method),
     });
-    let trained: usize = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| p.value.len()).sum();
+    let size = |p: &Param| p.whole_shape().iter().product::<usize>();
+    let trained: usize = params.iter().filter(|(_, p)| p.trainable).map(|(_, p)| size(p)).sum();
     note!(
         "train     {} rows, {} held out, {total_steps} steps; {} has {:.2} M trained parameters",
         train_rows.len(),

@@ -25,6 +25,11 @@ fn parallel_a_target_on_ranks_of_its_own_gives_the_same_bits() {
                 &["parallel.target-ranks=2", "parallel.target-tensor=1"],
             ),
             ("rows", &["parallel.data=1", "parallel.sequence=2"], &["parallel.target-ranks=1"]),
+            (
+                "draft",
+                &["parallel.data=1", "parallel.tensor=2", "parallel.target-tensor=1"],
+                &["parallel.target-ranks=1"],
+            ),
         ] {
             let [together, alone] = ["together", "apart"].map(|side| format!("{how:?}-{name}-{side}"));
             train(&world, how, &together, sets);
@@ -55,6 +60,7 @@ fn parallel_a_shared_target_on_ranks_of_its_own_trains_what_one_trains() {
     for how in ways() {
         for (name, sets) in [
             ("shared", &["parallel.data=2", "parallel.target-ranks=2"][..]),
+            ("draft", &["parallel.data=1", "parallel.tensor=2", "parallel.target-ranks=2"]),
             ("copies", &["parallel.data=2", "parallel.target-ranks=4", "parallel.target-tensor=2"]),
         ] {
             let name = format!("{how:?}-{name}");

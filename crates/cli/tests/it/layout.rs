@@ -52,7 +52,7 @@ fn ranks(args: &[&str]) -> usize {
         let set = args.iter().find_map(|set| set.strip_prefix(&format!("parallel.{key}=")));
         set.map_or(default, |n| n.parse().unwrap())
     };
-    of("data", of("target-tensor", 1)) * of("sequence", 1) + of("target-ranks", 0)
+    of("data", of("target-tensor", 1)) * of("sequence", 1) * of("tensor", 1) + of("target-ranks", 0)
 }
 
 /// Trains under a name.
@@ -107,6 +107,9 @@ fn parallel_a_shared_target_trains_what_one_trains() {
             ("four", &["parallel.data=4", "parallel.target-tensor=4"]),
             ("pairs", &["parallel.data=4", "parallel.target-tensor=2", "parallel.fsdp=full"]),
             ("rows", &["parallel.data=2", "parallel.sequence=2", "parallel.target-tensor=4"]),
+            ("draft", &["parallel.data=2", "parallel.tensor=2", "parallel.fsdp=gradients"]),
+            ("wider", &["parallel.data=2", "parallel.tensor=2", "parallel.target-tensor=4"]),
+            ("narrower", &["parallel.data=1", "parallel.tensor=4", "parallel.target-tensor=2"]),
             (
                 "within",
                 &["parallel.data=1", "parallel.sequence=4", "parallel.target-tensor=2", "parallel.fsdp=none"],
@@ -311,6 +314,7 @@ fn parallel_ranks_with_a_cache_train_what_they_train_online() {
             ("data", &["parallel.data=2"][..]),
             ("shared", &["parallel.data=2", "parallel.target-tensor=2"]),
             ("sequence", &["parallel.data=2", "parallel.sequence=2"]),
+            ("tensor", &["parallel.data=2", "parallel.tensor=2"]),
         ] {
             let [online, cache] = ["online", "cache"].map(|mode| format!("{how:?}-{name}-{mode}"));
             train(&world, how, &online, sets);

@@ -21,6 +21,7 @@ mod regenerate;
 mod resume;
 mod sequence;
 mod store;
+mod tensor;
 mod train;
 mod warm_start;
 mod world;

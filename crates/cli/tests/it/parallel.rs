@@ -60,7 +60,7 @@ fn ok(world: &World, how: How, ranks: usize, args: &[&str]) -> Ran {
 }
 
 /// A recipe of short runs: everything in float32.
-fn world() -> Option<World> {
+pub(crate) fn world() -> Option<World> {
     (test_device() == "cpu").then(World::new)
 }
 
@@ -86,7 +86,7 @@ pub(crate) fn tokens(world: &World, name: &str) -> Value {
     world.json(&format!("runs/{name}/checkpoints/{}/state.json", latest.trim()))["tokens"].clone()
 }
 
-fn set(name: &str) -> String {
+pub(crate) fn set(name: &str) -> String {
     format!("name={name}")
 }
 
@@ -260,7 +260,7 @@ fn parallel_what_cannot_be_is_told_with_the_way_out() {
         world.fails(&[&["train", "R"], sets.as_slice()].concat(), expected);
     };
     sets(&["parallel.data=4"], &["asks for 4 ranks", "mpirun -n 4", "parallel.data = 1"]);
-    sets(&["parallel.tensor=2"], &["parallel.tensor", "expected 1"]);
+    sets(&["parallel.tensor=0"], &["parallel.tensor", "at least 1"]);
     sets(&["parallel.data=4", "parallel.shards=3"], &["parallel.shards", "a divisor"]);
     sets(&["parallel.ranks-in-process=true"], &["parallel.data", "missing"]);
     sets(&["parallel.timeout=0"], &["parallel.timeout", "at least 1"]);

@@ -98,7 +98,7 @@ fn what_cannot_fit_is_refused_with_what_can() {
     assert!(none.code == Some(1) && none.stderr.contains("no setting of the recipe fits"), "{none:?}");
     for (args, message) in [
         (&["--gpus", "6", "--tensor", "4"][..], "no multiple of --tensor 4"),
-        (&["--gpus", "3", "--tensor", "3"], "a divisor of the"),
+        (&["--gpus", "3", "--tensor", "3"], "a multiple of 3"),
         (&["--supervised", "0.5"], "--tokens"),
         (&["--tokens", "0"], "above 0"),
         (&["--zero", "4"], "0..=3"),

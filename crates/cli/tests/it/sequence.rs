@@ -54,7 +54,7 @@ fn parallel_what_a_sequence_cannot_is_refused() {
     for (sets, message) in [
         (&["parallel.sequence=8", "parallel.exchange=heads"][..], "pass keys around a ring"),
         (&["parallel.sequence=2", "method.eagle3.objective=lk-alpha"], "objective"),
-        (&["parallel.tensor=2"], "parallel.tensor"),
+        (&["parallel.sequence=2", "train.on-oom=shrink"], "train.on-oom"),
         (&["parallel.sequence=0"], "parallel.sequence"),
     ] {
         let sets = sets.iter().flat_map(|set| ["--set", set]);

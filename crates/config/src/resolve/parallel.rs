@@ -1,9 +1,13 @@
 //! The `[parallel]` table.
 
 use super::Check;
-use crate::run::{Mode, ParallelConfig};
+use crate::run::{Mode, OnOom, ParallelConfig};
 
-pub(super) fn plan(parallel: ParallelConfig, mode: Mode, check: &mut Check<'_>) -> ParallelConfig {
+pub(super) fn plan(
+    parallel: ParallelConfig,
+    (mode, on_oom): (Mode, OnOom),
+    check: &mut Check<'_>,
+) -> ParallelConfig {
     let ParallelConfig { data, shards, sequence, tensor, timeout, ranks_in_process, .. } = parallel;
     check.at_least("parallel.data", data.unwrap_or(1), 1);
     check.at_most("parallel.data", data.unwrap_or(1), 1 << 16);
@@ -12,10 +16,13 @@ pub(super) fn plan(parallel: ParallelConfig, mode: Mode, check: &mut Check<'_>) 
     shard_count(shards, data, check);
     check.at_least("parallel.sequence", sequence, 1);
     check.at_most("parallel.sequence", sequence, 1 << 10);
-    if tensor != 1 {
-        let expected =
-            "1 (this version deals rows and their tokens to ranks, but trains with whole matrices)";
-        check.range("parallel.tensor", expected, tensor);
+    check.at_least("parallel.tensor", tensor, 1);
+    check.at_most("parallel.tensor", tensor, 1 << 10);
+    if on_oom == OnOom::Shrink && sequence.max(tensor) > 1 {
+        let message =
+            "`train.on-oom` is \"shrink\": ranks that share a batch have to take it in the same portions";
+        let help = "set it to \"error\", or parallel.sequence and parallel.tensor to 1";
+        check.fail("train.on-oom", message.to_owned(), Some(help));
     }
     if ranks_in_process && data.is_none() {
         check.missing("parallel.data", "`ranks-in-process` starts that many threads", "[parallel] data = 2");

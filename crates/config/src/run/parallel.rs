@@ -22,7 +22,7 @@ pub struct ParallelConfig {
     pub sequence: usize,
     /// How attention reaches the tokens of the other ranks of a sequence.
     pub exchange: Exchange,
-    /// Ranks that share the matrices of a layer.
+    /// Ranks that share the matrices of the draft: a divisor of its heads, `intermediate-size` and `draft-vocab-size`.
     pub tensor: usize,
     /// Neighbouring ranks that share one copy of the target, however the draft lies over them; absent: all of
     /// `target-ranks`, without these `tensor`.

@@ -6,6 +6,7 @@ mod acceptance;
 mod bad_input;
 #[cfg(test)]
 mod lossless;
+mod ranks;
 #[cfg(test)]
 mod sampled;
 #[cfg(test)]

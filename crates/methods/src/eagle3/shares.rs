@@ -9,24 +9,30 @@ use specforge_tensor::{Group, Params, Split, Tape, Tensor};
 use super::config::config_error;
 use super::dims::Dims;
 use super::{Config, ObjectiveName};
-use crate::{Error, Exchange, Frozen, Ranks, Result, VocabMap};
+use crate::{Counts, Error, Exchange, Frozen, Ranks, Result, VocabMap};
+
+impl Dims {
+    /// Into how many pieces `tensor` ranks cut a weight, and whether they cut its rows; nothing where every rank has the
+    /// whole.
+    pub fn pieces(&self, name: &str, tensor: usize) -> Option<(bool, usize)> {
+        let part = name.strip_prefix("midlayer.").unwrap_or(name).trim_end_matches(".weight");
+        match part {
+            "self_attn.k_proj" | "self_attn.v_proj" => Some((true, tensor.min(self.num_key_value_heads))),
+            "self_attn.q_proj" | "mlp.gate_proj" | "mlp.up_proj" | "lm_head" => Some((true, tensor)),
+            "self_attn.o_proj" | "mlp.down_proj" => Some((false, tensor)),
+            _ => None,
+        }
+    }
+}
 
 /// The piece of a weight that a rank has; nothing where every rank has the whole.
 pub(super) fn split_of(name: &str, dims: &Dims, ranks: &Arc<dyn Group>) -> Option<Split> {
-    let size = ranks.size();
-    let part = name.strip_prefix("midlayer.").unwrap_or(name).trim_end_matches(".weight");
-    let (rows, pieces) = match part {
-        "self_attn.k_proj" | "self_attn.v_proj" => (true, size.min(dims.num_key_value_heads)),
-        "self_attn.q_proj" | "mlp.gate_proj" | "mlp.up_proj" | "lm_head" => (true, size),
-        "self_attn.o_proj" | "mlp.down_proj" => (false, size),
-        _ => return None,
-    };
-    Some(Split::of(ranks, rows, pieces))
+    dims.pieces(name, ranks.size()).map(|(rows, pieces)| Split::of(ranks, rows, pieces))
 }
 
 /// Fails where the draft cannot be shared by these ranks.
-pub(super) fn check(config: &Config, dims: &Dims, ranks: &Ranks) -> Result<()> {
-    let size = ranks.tensor().map_or(1, |ranks| ranks.size());
+pub(super) fn check(config: &Config, dims: &Dims, ranks: Counts) -> Result<()> {
+    let Counts { tensor: size, sequence: n, exchange } = ranks;
     let even = |key: &str, n: usize| {
         let reason = format!("{size} ranks share it (parallel.tensor), expected a multiple of {size}");
         if n.is_multiple_of(size) { Ok(()) } else { Err(config_error(key, n.to_string(), reason)) }
@@ -37,13 +43,12 @@ pub(super) fn check(config: &Config, dims: &Dims, ranks: &Ranks) -> Result<()> {
     }
     even("intermediate-size", dims.intermediate_size)?;
     even("draft-vocab-size", dims.draft_vocab_size)?;
-    let Some(sequence) = ranks.sequence() else { return Ok(()) };
-    if config.objective != ObjectiveName::Kl {
+    if n > 1 && config.objective != ObjectiveName::Kl {
         let reason = "the mean acceptance of a step is one over all rows: use objective = \"kl\", or parallel.sequence = 1";
         return Err(config_error("objective", format!("{:?}", config.objective), reason.to_owned()));
     }
-    let (n, heads) = (sequence.ranks.size(), (dims.num_key_value_heads / size).max(1));
-    if sequence.exchange == Exchange::Heads && !heads.is_multiple_of(n) {
+    let heads = (dims.num_key_value_heads / size).max(1);
+    if exchange == Exchange::Heads && !heads.is_multiple_of(n) {
         let reason = format!(
             "{n} ranks exchange heads for rows (parallel.sequence), expected a multiple of {n} on each; pass keys around a ring instead"
         );

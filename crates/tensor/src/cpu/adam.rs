@@ -13,7 +13,7 @@ const CHUNK: usize = 1 << 14;
 
 /// One step; returns the norm of the gradients divided by the weight.
 pub(super) fn step(tensors: &mut [AdamTensor<'_>], step: &AdamStep, across: &Across<'_>) -> Result<f64> {
-    let squares: f64 = tensors.iter().map(|t| sum_squares(t.grad)).sum();
+    let squares: f64 = tensors.iter().map(|t| t.share * sum_squares(t.grad)).sum();
     let squares = summed(squares, across.squares)?;
     let step = &AdamStep { weight: summed(step.weight, across.weight)?, ..*step };
     let norm = squares.sqrt() / step.weight;

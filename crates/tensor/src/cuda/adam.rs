@@ -25,6 +25,7 @@ struct Entry {
     n: i64,
     step_size: f32,
     root_correction: f32,
+    share: f64,
 }
 
 pub(super) fn step(
@@ -103,6 +104,7 @@ fn entry(t: &mut AdamTensor<'_>, step: &AdamStep) -> Result<Entry> {
         n,
         step_size: (step.lr / (1.0 - step.beta1.powf(t_step))) as f32,
         root_correction: (1.0 - step.beta2.powf(t_step)).sqrt() as f32,
+        share: t.share,
     })
 }
 

@@ -47,7 +47,15 @@ pub(crate) fn step(all: &mut [Trained], grads: &[Tensor], number: u64, step: &Ad
         .zip(grads)
         .map(|(t, grad)| {
             let Trained { param, remainder, moments: [exp_avg, exp_avg_sq] } = t;
-            AdamTensor { param, remainder: remainder.as_mut(), exp_avg, exp_avg_sq, grad, step: number }
+            AdamTensor {
+                param,
+                remainder: remainder.as_mut(),
+                exp_avg,
+                exp_avg_sq,
+                grad,
+                step: number,
+                share: 1.0,
+            }
         })
         .collect();
     kernels.adamw(&mut tensors, step, &Across::default())?.wait()

@@ -26,6 +26,10 @@ pub(crate) struct Fixture {
     pub(crate) folder: tempfile::TempDir,
     method: Box<dyn DraftMethod>,
     params: Params,
+    /// What another rank's method is built of.
+    info: TargetInfo,
+    frozen: Frozen,
+    config: MethodConfig,
 }
 
 impl Fixture {
@@ -35,6 +39,15 @@ impl Fixture {
 
     /// As [`Fixture::new`], trained on a device.
     pub(crate) fn on(device: Device) -> Self {
+        Self::built(device, VocabMap::full(VOCAB), json!({ "ttt-steps": 2 }))
+    }
+
+    /// With other settings, and a draft vocabulary that two and four ranks can share.
+    pub(crate) fn shareable(eagle3: serde_json::Value) -> Self {
+        Self::built(Device::Cpu, even_vocab(), eagle3)
+    }
+
+    fn built(device: Device, vocab: VocabMap, eagle3: serde_json::Value) -> Self {
         let folder = specforge_testkit::tempdir();
         SmallTarget::llama(1).write(folder.path());
         let info = TargetInfo::read(folder.path()).unwrap();
@@ -45,9 +58,14 @@ impl Fixture {
             table.cast(device.storage()).unwrap().to_device(device).unwrap()
         };
         let frozen = Frozen { embedding: draw(), head: draw() };
-        let config: MethodConfig = serde_json::from_value(json!({ "eagle3": { "ttt-steps": 2 } })).unwrap();
-        let (method, params) = config.build(&info, &frozen, VocabMap::full(VOCAB), 1).unwrap();
-        Self { folder, method, params }
+        let config: MethodConfig = serde_json::from_value(json!({ "eagle3": eagle3 })).unwrap();
+        let (method, params) = config.build(&info, &frozen, vocab, 1).unwrap();
+        Self { folder, method, params, info, frozen, config }
+    }
+
+    /// The draft of [`Fixture::shareable`] as a rank has it that shares batches with these.
+    pub(crate) fn shared(&self, ranks: &specforge_methods::Ranks) -> (Box<dyn DraftMethod>, Params) {
+        self.config.build_on(ranks, &self.info, &self.frozen, even_vocab(), 1).unwrap()
     }
 
     /// As [`Fixture::trainer`], on a rank.
@@ -60,6 +78,19 @@ impl Fixture {
 
     /// A run of this name, not begun: 12 rows, two in a micro-batch, one micro-batch a step, two epochs.
     pub(crate) fn trainer(&self, name: &str) -> Trainer<'_> {
+        // A copy whose stacks are its own, as those of a draft that was just built are.
+        let mut params = self.params.clone();
+        params.fill(Vec::new()).unwrap();
+        self.trainer_of(name, self.method.as_ref(), params)
+    }
+
+    /// As [`Fixture::trainer`], of a draft that was built for it.
+    pub(crate) fn trainer_of<'a>(
+        &self,
+        name: &str,
+        method: &'a dyn DraftMethod,
+        params: Params,
+    ) -> Trainer<'a> {
         let folder = self.folder.path().join(name);
         fs_err::create_dir_all(&folder).unwrap();
         let order = Order {
@@ -81,11 +112,8 @@ impl Fixture {
         };
         // An epsilon well above the smallest gradients: rounding must not turn an update around.
         let config = AdamWConfig { lr: 1e-2, eps: 1e-4, ..AdamWConfig::default() };
-        // A copy whose stacks are its own, as those of a draft that was just built are.
-        let mut params = self.params.clone();
-        params.fill(Vec::new()).unwrap();
         Trainer {
-            method: self.method.as_ref(),
+            method,
             optimizer: Optimizer::new(config, &params, None).unwrap(),
             params,
             order,
@@ -93,6 +121,11 @@ impl Fixture {
             state: State::new(json!({ "test": name })),
         }
     }
+}
+
+/// The first 200 tokens.
+fn even_vocab() -> VocabMap {
+    VocabMap::from_offsets(&[0; 200], VOCAB).unwrap()
 }
 
 /// Features by row, the same every time; from some row on, something else.

@@ -5,3 +5,4 @@ mod checkpoints;
 mod fixture;
 mod parallel;
 mod steps;
+mod tensor;

@@ -87,6 +87,7 @@ impl Parameter {
             exp_avg_sq: &mut self.exp_avg_sq,
             grad: &self.grad,
             step,
+            share: 1.0,
         }
     }
 }

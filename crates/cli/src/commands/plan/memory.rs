@@ -84,19 +84,25 @@ struct Step {
     e: u64,
 }
 
-/// Parameters of the draft that one rank holds: split over the tensor-parallel ranks, and not.
+/// Parameters of the draft that one rank holds: pieces that tensor-parallel ranks share, and what each has whole.
 pub(super) fn parameters(dims: &Dims, tensor: u64) -> u64 {
+    let [pieces, whole] = pieces_and_whole(dims, tensor);
+    pieces + whole
+}
+
+/// As [`parameters`], one by one.
+pub(super) fn pieces_and_whole(dims: &Dims, tensor: u64) -> [u64; 2] {
     let size = |shape: &[usize]| shape.iter().map(|&n| n as u64).product::<u64>();
     let shared =
         |name: &str, shape: &[usize]| name == "embed_tokens.weight" && shape[1] == dims.target_hidden_size;
-    let of = |(name, shape): (String, Vec<usize>)| match name.as_str() {
-        _ if shared(&name, &shape) => 0,
-        _ if name.contains("self_attn") || name.contains("mlp") || name.starts_with("lm_head") => {
-            size(&shape).div_ceil(tensor)
+    let mut sums = [0, 0];
+    for (name, shape) in dims.weights().into_iter().filter(|(name, shape)| !shared(name, shape)) {
+        match dims.pieces(&name, tensor as usize) {
+            Some((_, pieces)) => sums[0] += size(&shape).div_ceil(pieces as u64),
+            None => sums[1] += size(&shape),
         }
-        _ => size(&shape),
-    };
-    dims.weights().into_iter().map(of).sum()
+    }
+    sums
 }
 
 /// Parameters of the target that one rank holds: matrices of layers; then embedding and head.

@@ -5,11 +5,11 @@ use serde::Serialize;
 use specforge_config::{Mode, TargetDType};
 use specforge_tensor::Device;
 
-use super::Subject;
 use super::layout::{Layout, of_ranks};
 use super::ledger::{Held, total};
 use super::memory::{Case, Frozen, peak, target_peak};
 use super::traffic::{self, Traffic};
+use super::{Subject, expect_shared};
 use crate::commands::bench::flops::{self, Rows, Sizes};
 use crate::show::bytes;
 
@@ -94,9 +94,12 @@ pub(super) fn larger(subject: &Subject) -> Vec<Projection> {
     LARGER.into_iter().filter_map(fitting).collect()
 }
 
-/// Layouts of so many ranks over which the target can lie.
+/// Layouts of so many ranks over which target and draft can lie.
 fn layouts(subject: &Subject, ranks: u64, most: u64) -> impl Iterator<Item = Layout> {
-    let can = |layout: &Layout| subject.info.shared_by(layout.target as usize).is_ok();
+    let can = |layout: &Layout| {
+        let target = subject.info.shared_by(layout.target as usize);
+        target.is_ok() && expect_shared(&subject.plan, &subject.info, *layout).is_ok()
+    };
     of_ranks(ranks, most).into_iter().filter(can)
 }
 

@@ -4,7 +4,8 @@
 //! and all-gather half of it. Ranks of a sequence all-reduce gradients, then those of other batches do, or (ZeRO,
 //! Rajbhandari et al., 2020) reduce-scatter gradients and gather weights once a step; from level 2 on gradients are sent
 //! after every micro-batch. Tensor parallel (Shoeybi et al., 2019): two all-reduces
-//! of the rows forward and two backward, for every layer; the frozen target has no backward. Ulysses (Jacobs et al., 2023): all-to-alls of queries, keys,
+//! of the rows forward and two backward, for every layer, and the gradients of what no rank shares; the frozen target has no backward.
+//! Ulysses (Jacobs et al., 2023): all-to-alls of queries, keys,
 //! values and outputs, forward and backward, of which (n - 1)/n leaves a rank.
 
 use serde::Serialize;
@@ -12,7 +13,7 @@ use specforge_methods::eagle3::Dims;
 use specforge_models::TargetInfo;
 
 use super::layout::Layout;
-use super::memory::parameters;
+use super::memory::{parameters, pieces_and_whole};
 use crate::commands::bench::flops::Rows;
 
 /// Bytes a second between ranks, one way.
@@ -96,7 +97,10 @@ fn tensor_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
     let per_rank = |n: usize| n as f64 / layout.sequence as f64;
     // Two of every step forward, two backward; the gradient of the rows before the head.
     let draft = (4 * s.steps) as f64 * per_rank(s.rows.live) + per_rank(s.rows.loss);
-    all_reduce * s.element * draft * h
+    // Gradients of what all have whole come from one of them, once a step.
+    let [_, whole] = pieces_and_whole(s.dims, layout.tensor);
+    let agreed = share(layout.tensor) * 4.0 * whole as f64 / layout.shards() as f64;
+    all_reduce * s.element * draft * h + agreed
 }
 
 /// Where ranks share the target, two all-reduces in every layer, over the rows of each of them in turn. Where it has ranks
@@ -151,7 +155,9 @@ mod tests {
         assert_eq!(two_machines.data_seconds, 15.0 / 16.0 * 6.0 * n / 10e9);
         assert_eq!((plain.tensor_bytes, plain.sequence_bytes), (0.0, 0.0));
         let tensor = at(Layout { tensor: 2, ..Layout::ALONE });
-        assert_eq!(tensor.tensor_bytes, 2.0 * 4096.0 * (28.0 * 2047.0 + 14_308.0));
+        // Half of fc and the norms, in float32.
+        let agreed = 2.0 * (4096.0 * 3.0 * 4096.0 + 4.0 * 4096.0);
+        assert_eq!(tensor.tensor_bytes, 2.0 * 4096.0 * (28.0 * 2047.0 + 14_308.0) + agreed);
         assert_eq!(at(Layout::ALONE).waited_seconds, 0.0);
         // The target of eight ranks runs over the rows of all eight.
         let online = Sizes { target: Some(&info), ..s };

@@ -22,6 +22,8 @@ pub(super) struct Decoder {
     pub(super) sharing: Option<Arc<dyn Group>>,
     /// Whether this rank takes part.
     pub(super) decodes: bool,
+    /// Whether other ranks decode the same, which they can for one prompt at a time.
+    pub(super) in_step: bool,
     /// To the rank that has the target, where that is another one.
     pub(super) far: Option<Far>,
     pub(super) plan: RunPlan,
@@ -84,8 +86,7 @@ impl Decoder {
         }
         let target = self.target()?;
         let options = eval::options(&self.plan);
-        // Ranks meet in the target's calls: one prompt after the other.
-        let quick = Options { plain: false, parallel: self.sharing.is_none(), ..options.clone() };
+        let quick = Options { plain: false, parallel: !self.in_step, ..options.clone() };
         let options = if whole { options } else { quick };
         let progress = whole.then(|| Progress::new("eval", false));
         let shown = |done, total| progress.iter().for_each(|progress| progress.set(done, total));

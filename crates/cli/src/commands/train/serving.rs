@@ -49,8 +49,9 @@ pub(super) fn serve(
         peers: Some(peers.clone()),
     };
     let prompts = setup::prompts(plan, held_out, data, plan.eval.max_prompts)?;
+    let (in_step, decodes, far) = (sharing.is_some(), true, None);
     let mut decoder =
-        Decoder { target: Some(target), sharing, decodes: true, far: None, plan: plan.clone(), prompts };
+        Decoder { target: Some(target), sharing, decodes, in_step, far, plan: plan.clone(), prompts };
     let (order, total_steps) = order(plan, data, train_rows);
     let position = resume.map_or(Position::default(), |checkpoint| checkpoint.state.position);
     let steps = order.steps_from(position, total_steps);

@@ -51,11 +51,11 @@ impl State {
             sums.set(id, summed.expect("a sum"));
         }
         let Some((shards, parts)) = &mut self.parts else {
-            let across = Across { squares: None, weight: Some(data) };
+            let across = Across { weight: Some(data), ..Across::default() };
             self.adamw.step_across(params, &sums, weight_lr, &across).expect("a step");
             return;
         };
-        let across = Across { squares: Some(shards.group()), weight: Some(data) };
+        let across = Across { squares: Some(shards.group()), weight: Some(data), ..Across::default() };
         self.adamw.step_across(parts, &sums, weight_lr, &across).expect("a step");
         for id in trained {
             let value = &mut params.get_mut(id).value;

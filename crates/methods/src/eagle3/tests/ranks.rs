@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use specforge_parallel::{Mesh, MeshShape, threads};
-use specforge_tensor::{Combine, Group};
+use specforge_tensor::{Across, Combine, Group};
 
 use super::*;
 use crate::{Exchange, Sequence};
@@ -50,12 +50,20 @@ fn train(mut case: Case, batch: Batch, ranks: &Ranks, data: Option<&Arc<dyn Grou
             all.iter_mut().for_each(|(_, values)| sum(values, group));
         }
         ranks.add_up(&case.params, &mut grads).unwrap();
-        let mut squares = 0.0;
-        for (id, param) in case.params.iter().filter(|(_, p)| p.trainable) {
+        let ids: Vec<_> = case.params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
+        for &id in &ids {
             let mut own = grads.take(id).expect("every weight has a gradient");
             data.iter().for_each(|group| group.all_reduce(&mut own, Combine::Sum).unwrap());
+            grads.set(id, own);
+        }
+        ranks.agree(&case.params, &mut grads).unwrap();
+        let tensor = ranks.tensor().map_or(1, |group| group.size());
+        let across = Across { tensor, ..Across::default() };
+        let mut squares = 0.0;
+        for id in ids {
+            let (param, own) = (case.params.get(id), grads.take(id).expect("every weight has a gradient"));
             let own_squares: f64 = own.to_f32().iter().map(|g| f64::from(*g).powi(2)).sum();
-            squares += ranks.share_of_squares(param) * own_squares;
+            squares += across.share(param.split) * own_squares;
             if step == 0 {
                 let whole = ranks.whole(param, &own).unwrap().to_f32();
                 trained.tensors.push((format!("grad.{}", param.name), whole));
@@ -219,7 +227,7 @@ fn parallel_drafts_that_do_not_come_out_even_are_refused() {
     let refuse = |size: usize, of: &(dyn Fn(Arc<dyn Group>) -> (Ranks, Config) + Sync)| {
         let told = threads::run(size, PATIENCE, |group| {
             let (ranks, config) = of(group);
-            shares::check(&config, &dims, &ranks).unwrap_err().to_string()
+            shares::check(&config, &dims, ranks.counts()).unwrap_err().to_string()
         });
         told[0].clone()
     };

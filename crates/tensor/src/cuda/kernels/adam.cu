@@ -8,7 +8,7 @@
 
 // A tensor of n elements; the host fills a table of them. Either param and low are set (bf16 storage, split master) or
 // exact (float32 storage). With t the tensor's own step number from 1, the host computes in float64 and rounds:
-// step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t).
+// step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t). share: how much of the gradient's squares counts.
 struct AdamTensor {
   bf16* param;
   float* exact;
@@ -17,9 +17,10 @@ struct AdamTensor {
   const float* grad;
   i64 n;
   float step_size, root_correction;
+  double share;
 };
 
-static_assert(sizeof(AdamTensor) == 64, "the host's table has this layout");
+static_assert(sizeof(AdamTensor) == 72, "the host's table has this layout");
 
 constexpr i64 CHUNK = 65536;  // elements of a block
 constexpr int THREADS = 256;
@@ -156,12 +157,13 @@ __device__ __forceinline__ void sum_squares(double* out, const float* x, i64 beg
   if (threadIdx.x == 0) *out = sum;
 }
 
-// partial[b] = sum of squares of the gradient's chunk that block b has in adamw. Grid and block as for adamw.
+// partial[b] = what counts of the sum of squares of the gradient's chunk that block b has in adamw. Grid and block as for adamw.
 extern "C" __global__ void __launch_bounds__(THREADS)
     sum_squares_partial(double* partial, const AdamTensor* tensors, const u32* block_tensor, const u32* block_chunk) {
   const AdamTensor& t = tensors[block_tensor[blockIdx.x]];
   const i64 begin = block_chunk[blockIdx.x] * CHUNK;
   sum_squares(partial + blockIdx.x, t.grad, begin, begin + CHUNK < t.n ? begin + CHUNK : t.n);
+  if (threadIdx.x == 0) partial[blockIdx.x] *= t.share;
 }
 
 // partial[b] = sum of squares of x[b CHUNK..(b + 1) CHUNK]. Grid ceil(n / 65536); block 256; no dynamic shared memory.

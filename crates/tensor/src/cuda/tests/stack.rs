@@ -104,6 +104,7 @@ fn a_cuda_optimizer_step_leaves_stacks_together() {
             exp_avg_sq: &mut exp_avg_sq,
             grad: &grad,
             step: 1,
+            share: 1.0,
         };
         device
             .kernels()
