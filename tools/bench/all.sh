@@ -36,6 +36,7 @@ if [ "${PRESETS:-}" = quickstart ]; then
     one gemm-small gemm --m 64 --n 256 --k 128 "$@"
     one adamw-1e5 adamw --params 1e5 "$@"
     one loss-small loss --rows 448 --teacher-rows 64 --hidden 128 --vocab 1024 "$@"
+    one experts-small experts --rows 64 --experts 8 --top-k 2 --hidden 64 --width 32 "$@"
     exit $failed
 fi
 
@@ -59,4 +60,6 @@ one gemm-gate-up gemm "$@"
 one gemm-down gemm --n 4096 --k 14336 "$@"
 one adamw-425e6 adamw --params 425e6 "$@"
 one loss-14336 loss "$@"
+one experts-4096 experts "$@"
+one experts-4096-fp8 experts --dtype fp8 "$@"
 exit $failed

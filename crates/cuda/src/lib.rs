@@ -15,6 +15,7 @@ mod libraries;
 mod memory;
 mod nccl;
 mod pinned;
+mod tensor_map;
 mod unit;
 
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ pub use libraries::{Library, libraries, nccl_library};
 pub use memory::{Memory, Usage};
 pub use nccl::{Communicator, Element, Reduction, unique_id};
 pub use pinned::Readback;
+pub use tensor_map::TensorMap;
 pub use unit::{Arg, Defines, Launch, Unit};
 
 /// Where to look for CUDA and where to keep compiled kernels: what the command line knows and a library must not read.

@@ -160,15 +160,15 @@ impl Mixture {
             let ones = Tensor::from_f32(device, vec![1.0; n], &[n, 1])?;
             (tape.weighted_rows(x, &routes.rows, &of_slots, 1, None)?, ones)
         } else {
-            (tape.gather_rows(x, &routes.rows)?, routes.weights)
+            (tape.gather_rows(x, &routes.rows)?, routes.weights.clone())
         };
         // 2. Each expert's MLP over its rows.
-        let gate_up = tape.linear_grouped(&rows, &self.gate_up, &routes.ends)?;
+        let gate_up = tape.linear_grouped(&rows, &self.gate_up, &routes)?;
         let y = match self.gate {
             ExpertGate::Swiglu => tape.swiglu(&gate_up)?,
             ExpertGate::Clamped { alpha, limit } => tape.swiglu_clamped(&gate_up, alpha, limit)?,
         };
-        let y = tape.linear_grouped(&y, &self.down, &routes.ends)?;
+        let y = tape.linear_grouped(&y, &self.down, &routes)?;
         // 3. Back in the order of rows, weighted, on the residual stream; and what all rows share.
         let h = tape.weighted_rows(&y, &routes.slots, &weights, k, h)?;
         self.add_shared(tape, h, x)

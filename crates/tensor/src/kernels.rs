@@ -307,8 +307,7 @@ pub trait Kernels: Debug + Sync {
     fn route(&self, x: &Tensor, router: &Router<'_>) -> Result<Routes>;
     /// `y = x · w[e]ᵀ (+ bias[e])` of rows sorted by e: those of e end before row `ends[e]`; x `[M, K]`, w `[E, N, K]`,
     /// bias `[E, N]`, y `[M, N]`.
-    fn linear_grouped(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &[usize])
-    -> Result<Tensor>;
+    fn linear_grouped(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &Tensor) -> Result<Tensor>;
     /// `y[r] = base[r] + Σ_k weights[r, k] x[index[r, k]]` of `u32 [R * K]` and as many weights, summed in the order of k.
     fn weighted_rows(
         &self,

@@ -4,6 +4,7 @@ mod adamw;
 mod attention;
 mod clock;
 pub(super) mod data;
+mod experts;
 mod floor;
 pub(super) mod flops;
 mod gemm;
@@ -41,6 +42,7 @@ enum What {
     Gemm(gemm::Args),
     Adamw(adamw::Args),
     Loss(loss::Args),
+    Experts(experts::Args),
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -50,6 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         What::Gemm(args) => gemm::run(args),
         What::Adamw(args) => adamw::run(args),
         What::Loss(args) => loss::run(args),
+        What::Experts(args) => experts::run(args),
     }
 }
 

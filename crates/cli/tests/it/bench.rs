@@ -78,6 +78,10 @@ fn the_parts_of_a_step_are_measured() {
             &["loss", "--rows", "28", "--teacher-rows", "4", "--hidden", "16", "--vocab", "64"],
             &["/ms/median", "/tflops"],
         ),
+        (
+            &["experts", "--rows", "8", "--experts", "4", "--top-k", "2", "--hidden", "16", "--width", "8"],
+            &["/route/ms/median", "/products/tflops"],
+        ),
     ] {
         positive(&world.ok_json(&[&["bench"], args, &common].concat()), figures);
     }
@@ -100,6 +104,7 @@ fn every_measurement_explains_itself() {
         ("gemm", ["--m", "--n", "--k", "float32"]),
         ("adamw", ["--params", "28", "--device", "--json"]),
         ("loss", ["--teacher-rows", "--vocab", "floor", "--json"]),
+        ("experts", ["--top-k", "--width", "sorted", "e4m3"]),
     ] {
         let help = world.ok(&["bench", command, "--help"]).stdout;
         words.iter().for_each(|word| assert!(help.contains(word), "{command}: {word} is not in: {help}"));
@@ -123,6 +128,7 @@ fn wrong_arguments_are_named() {
         (&["gemm", "--m", "0"], &["--m", "at least 1"]),
         (&["adamw", "--params", "0"], &["--params", "425e6"]),
         (&["loss", "--rows", "4", "--teacher-rows", "8"], &["--teacher-rows 8", "at most"]),
+        (&["experts", "--top-k", "200"], &["--top-k 200", "at most the 128"]),
     ] {
         world.fails(&[&["bench"], args, &["--device", "cpu"]].concat(), expected);
     }

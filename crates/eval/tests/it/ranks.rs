@@ -16,9 +16,9 @@ type Answers = Vec<(Vec<u32>, Vec<usize>)>;
 fn decode(target: &Target, ranks: &Ranks, options: &Options) -> Answers {
     let frozen = Frozen { embedding: target.embedding().clone(), head: target.head().clone() };
     let config = MethodConfig::Eagle3(eagle3::Config::default());
-    let vocab = VocabMap::from_offsets(&[3; 40], VOCAB).unwrap();
-    let (method, params) = config.build_on(ranks, target.info(), &frozen, vocab, 4).unwrap();
-    let report = evaluate(target, &*method, &params, &prompts(4), options, &|_, _| {}).unwrap();
+    let vocab = VocabMap::from_offsets(&[3; 40], VOCAB).expect("a vocabulary");
+    let (method, params) = config.build_on(ranks, target.info(), &frozen, vocab, 4).expect("a draft");
+    let report = evaluate(target, &*method, &params, &prompts(4), options, &|_, _| {}).expect("a report");
     report.results.into_iter().map(|result| (result.output_ids, result.accepted)).collect()
 }
 

@@ -203,12 +203,12 @@ fn product(y: &mut [f32], n: usize, (x, r): (&[f32], usize), first: usize, w: &R
 }
 
 /// As [`linear`], of rows sorted by the matrix that multiplies them; each matrix by a thread of its own.
-pub(super) fn linear_grouped(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &[usize]) -> Tensor {
+pub(super) fn linear_grouped(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &Tensor) -> Tensor {
     let ((m, k), n) = (x.rows_cols(), w.shape()[1]);
     let (values, bias) = (x.f32s(), bias.map(Tensor::f32s));
     let mut y = vec![0.0; m * n];
     let (mut parts, mut rest, mut start) = (Vec::new(), &mut y[..], 0);
-    for (e, &end) in ends.iter().enumerate() {
+    for (e, end) in ends.to_u32().into_iter().map(|end| end as usize).enumerate() {
         let (part, more) = rest.split_at_mut((end - start) * n);
         parts.push((e, start..end, part));
         (rest, start) = (more, end);

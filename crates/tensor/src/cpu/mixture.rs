@@ -5,8 +5,8 @@ use rayon::prelude::*;
 use super::rows::for_rows;
 use super::simd::axpy;
 use super::{gemm, tensor, u32s};
+use crate::Tensor;
 use crate::kernels::{Router, Routes, Routing, Scoring};
-use crate::{Device, Tensor};
 
 pub(super) fn route(x: &Tensor, router: &Router<'_>) -> Routes {
     let bias: Vec<&Tensor> = router.bias.into_iter().collect();
@@ -17,7 +17,7 @@ pub(super) fn route(x: &Tensor, router: &Router<'_>) -> Routes {
     let picked: Vec<(Vec<u32>, Vec<f32>)> = logits.par_chunks(n_experts.max(1)).map(pick_row).collect();
     let (experts, weights): (Vec<_>, Vec<_>) = picked.into_iter().unzip();
     let weights = tensor(weights.concat(), &[rows * k, 1]);
-    Routes::sorted(Device::Cpu, n_experts, k, &experts.concat(), weights)
+    Routes::sorted(n_experts, k, &experts.concat(), weights)
 }
 
 /// The experts of one row, the best first, and their weights.

@@ -162,13 +162,7 @@ impl Kernels for Cpu {
     fn route(&self, x: &Tensor, router: &Router<'_>) -> Result<Routes> {
         Ok(mixture::route(x, router))
     }
-    fn linear_grouped(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        bias: Option<&Tensor>,
-        ends: &[usize],
-    ) -> Result<Tensor> {
+    fn linear_grouped(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &Tensor) -> Result<Tensor> {
         Ok(gemm::linear_grouped(x, w, bias, ends))
     }
     fn weighted_rows(

@@ -5,7 +5,7 @@ use specforge_cuda::{Arg, Defines, Gpu, Launch, Unit};
 use super::launch::{at, gpu_of, in_bf16, new};
 use super::units::{
     ATTENTION_BACKWARD, ATTENTION_BACKWARD_WGMMA, ATTENTION_FORWARD, ATTENTION_FORWARD_WGMMA, HEAD_DIMS,
-    SMALL_SHARED_256, head_dim, on_warpgroups,
+    SMALL_SHARED_256, capped_head_dim, head_dim, on_warpgroups,
 };
 use crate::kernels::{AttentionInputs, Columns, Extra};
 use crate::{DType, Error, Result, Tensor};
@@ -82,15 +82,12 @@ fn part(columns: &Columns<'_>) -> Result<(Tensor, usize)> {
 impl<'a> Call<'a> {
     fn new(inputs: &'a AttentionInputs<'a>) -> Result<Self> {
         let dim = inputs.shape.head_dim;
-        let Some(defines) = head_dim(dim) else {
+        let known = if inputs.cap.is_some() { capped_head_dim(dim) } else { head_dim(dim) };
+        let Some(defines) = known else {
             let known: Vec<usize> = HEAD_DIMS.iter().map(|(dim, _)| *dim).collect();
             let why = format!("heads of {dim} elements; there are kernels for {known:?}");
             return Err(Error::Unsupported { op: "attention", why });
         };
-        if inputs.cap.is_some() {
-            let why = "scores with a soft cap; use a target without, or device = \"cpu\"".to_owned();
-            return Err(Error::Unsupported { op: "attention", why });
-        }
         if inputs.extras.len() > MAX_EXTRAS {
             let why = format!("{} extra keys per query, at most {MAX_EXTRAS}", inputs.extras.len());
             return Err(Error::Unsupported { op: "attention", why });
@@ -164,7 +161,7 @@ pub(super) fn forward(inputs: &AttentionInputs<'_>) -> Result<(Tensor, Tensor)> 
         [inputs.extras.len(), call.rows, call.keys, s.n_heads, s.n_kv_heads].map(|n| Arg::from(n as i32));
     args.extend(sizes);
     args.extend([ldq, ldk, ldv, (s.n_heads * d) as i32].map(Arg::from));
-    args.push(Arg::from(s.scale));
+    args.extend([s.scale, inputs.cap.unwrap_or(0.0)].map(Arg::from));
     if call.on_warpgroups()[0] {
         let shared = 256 * d + 8 * (if d == 256 { 64 } else { 128 }) * d + 2048;
         let size = ([s.n_heads, call.rows.div_ceil(128)], 384, shared);

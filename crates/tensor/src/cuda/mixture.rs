@@ -1,16 +1,34 @@
-//! Mixtures of experts: the device picks, the host sorts, and each expert is one product over its rows.
+//! Mixtures of experts: the device picks experts, sorts rows by expert and multiplies all of them in one launch.
 
-use specforge_cuda::{Gemm, GemmType, Operand};
+use specforge_cuda::{Arg, Gemm, GemmType, Gpu, Launch, Operand, TensorMap};
 
-use super::fp8;
 use super::gemm::{plain, product};
-use super::launch::{at, gpu_of, in_bf16, new, output, row_blocks, run};
-use super::units::MIXTURE;
+use super::launch::{at, gpu_of, in_bf16, new, output, row_blocks, run, stored};
+use super::units::{GROUPED, GROUPED_WGMMA, MIXTURE, PLAIN};
 use crate::kernels::{Groups, Router, Routes, Scoring};
 use crate::{DType, Error, Result, Tensor};
 
 /// `MOST_EXPERTS` of mixture.cu.
 const MOST_EXPERTS: usize = 1024;
+/// `TOGETHER` of grouped.cuh.
+const TOGETHER: usize = 8;
+/// `SORTERS` of mixture.cu.
+const SORTERS: usize = 8;
+
+/// `Grouped` of grouped.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Grouped {
+    y: u64,
+    x: u64,
+    w: u64,
+    bias: u64,
+    scales: [u64; 2],
+    ends: u64,
+    experts: i32,
+    n: i32,
+    row_bytes: i64,
+}
 
 pub(super) fn route(x: &Tensor, router: &Router<'_>) -> Result<Routes> {
     let (logits, rule) = (logits(x, router)?, router.rule);
@@ -45,8 +63,20 @@ pub(super) fn route(x: &Tensor, router: &Router<'_>) -> Result<Routes> {
         ];
         run(gpu, &MIXTURE, "route", [rows.div_ceil(4), 1, 1], 128, args)?;
     }
-    // The only wait of a mixture: where each expert's rows end decides what is launched next.
-    Ok(Routes::sorted(x.device(), n, k, &experts.to_u32(), weights))
+    sorted(gpu, [rows * k, n, k], &experts, weights)
+}
+
+/// Sorts the experts of all pairs on the device.
+fn sorted(gpu: &'static Gpu, [pairs, n, k]: [usize; 3], experts: &Tensor, weights: Tensor) -> Result<Routes> {
+    let index = |len: usize| new(gpu, DType::U32, &[len]);
+    let (counts, ends) = (index(n * SORTERS)?, index(n)?);
+    let (sorted, rows, slots) = (index(pairs)?, index(pairs)?, index(pairs)?);
+    let (count, block) = (args![at(&counts)?, at(experts)?, pairs as i32], 32 * SORTERS);
+    run(gpu, &MIXTURE, "count_pairs", [n, 1, 1], block, count)?;
+    let [to, by_rows, by_pairs] = [at(&sorted)?, at(&rows)?, at(&slots)?];
+    let args = args![at(&ends)?, to, by_rows, by_pairs, at(&counts)?, at(experts)?, pairs as i32, k as i32];
+    run(gpu, &MIXTURE, "sort_pairs", [n, 1, 1], block, args)?;
+    Ok(Routes { ends, pairs: sorted, rows, slots, weights })
 }
 
 /// The router's logits in float32, without its bias.
@@ -63,35 +93,57 @@ fn logits(x: &Tensor, router: &Router<'_>) -> Result<Tensor> {
     Ok(y)
 }
 
-pub(super) fn linear_grouped(
-    x: &Tensor,
-    w: &Tensor,
-    bias: Option<&Tensor>,
-    ends: &[usize],
-) -> Result<Tensor> {
+pub(super) fn linear_grouped(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &Tensor) -> Result<Tensor> {
     let eight_bits = w.dtype() == DType::E4m3;
-    let (x, w) = (in_bf16(x)?, if eight_bits { w.clone() } else { in_bf16(w)? });
+    let w = if eight_bits { w.clone() } else { in_bf16(w)? };
+    let x = in_bf16(x)?;
+    let x = if eight_bits { x.quantize_rows()? } else { x };
     let bias = bias.map(in_bf16).transpose()?;
-    let ((m, k), n) = (x.rows_cols(), w.shape()[1]);
-    let y = output(&x, DType::Bf16, &[m, n])?;
-    let starts = std::iter::once(0).chain(ends.iter().copied());
-    for (e, (start, &end)) in starts.zip(ends).enumerate().filter(|(_, (start, end))| start < *end) {
-        let rows = x.rows(start..end)?;
-        let to = at(&y)? + (2 * start * n) as u64;
-        let bias = bias.as_ref().map(|bias| bias.rows(e..e + 1)?.reshape(&[n])).transpose()?;
-        let of_expert = w.rows(e * n..(e + 1) * n)?;
-        if eight_bits {
-            let bias: Vec<&Tensor> = bias.iter().collect();
-            let part = fp8::linear(&rows, &[&of_expert], 0..k, &bias, None)?;
-            gpu_of(&x).copy(to, at(&part)?, 2 * part.len())?;
-            continue;
-        }
-        let b = Operand { transposed: true, ..plain(at(&of_expert)?, k) };
-        let (a, d, bias) = (plain(at(&rows)?, k), plain(to, n), bias.as_ref().map(at).transpose()?);
-        let (input, output) = (GemmType::Bf16, GemmType::Bf16);
-        product(&x, &Gemm { m: end - start, n, k, a, b, input, d, output, c: None, bias, scales: None })?;
+    let ((m, k), experts, n) = (x.rows_cols(), w.shape()[0], w.shape()[1]);
+    let row_bytes = k * if eight_bits { 1 } else { 2 };
+    if !row_bytes.is_multiple_of(16) {
+        let why = format!("experts with {k} inputs: expected a multiple of {}", 16 * k / row_bytes.max(1));
+        return Err(Error::Unsupported { op: "linear_grouped", why });
     }
+    let y = new(gpu_of(&x), DType::Bf16, &[m, n])?;
+    if m == 0 {
+        return Ok(y);
+    }
+    let scales = |t: &Tensor| stored(t).scales().unwrap_or(0);
+    let grouped = Grouped {
+        y: at(&y)?,
+        x: at(&x)?,
+        w: at(&w)?,
+        bias: bias.as_ref().map_or(Ok(0), at)?,
+        scales: [scales(&x), scales(&w)],
+        ends: at(ends)?,
+        experts: experts as i32,
+        n: n as i32,
+        row_bytes: row_bytes as i64,
+    };
+    launch(gpu_of(&x), &grouped, m, eight_bits)?;
     Ok(y)
+}
+
+/// One launch over the tiles of all experts: how many that are only the device knows, at most one per expert is not full.
+fn launch(gpu: &Gpu, grouped: &Grouped, m: usize, eight_bits: bool) -> Result<()> {
+    let (experts, n) = (grouped.experts as usize, grouped.n as usize);
+    let tiles = (m / 128 + m.min(experts)).next_multiple_of(TOGETHER);
+    let of_type = usize::from(eight_bits);
+    let grouped_arg = Arg::Bytes(bytemuck::bytes_of(grouped));
+    if !gpu.architecture().is_hopper() {
+        let (kernel, grid) =
+            (["linear_grouped_b", "linear_grouped_e"][of_type], [n.div_ceil(128) * tiles, 1, 1]);
+        let launch = Launch { unit: &GROUPED, defines: PLAIN, kernel, grid, block: 256, shared: 99_328 };
+        return Ok(gpu.launch(&launch, &[grouped_arg])?);
+    }
+    let bytes = grouped.row_bytes as usize;
+    let (x, w) =
+        (TensorMap::new(grouped.x, [m, bytes], 128)?, TensorMap::new(grouped.w, [experts * n, bytes], 256)?);
+    let kernel = ["linear_grouped_wgmma_b", "linear_grouped_wgmma_e"][of_type];
+    let grid = [n.div_ceil(256) * tiles, 1, 1];
+    let launch = Launch { unit: &GROUPED_WGMMA, defines: PLAIN, kernel, grid, block: 384, shared: 197_696 };
+    Ok(gpu.launch(&launch, &[grouped_arg, Arg::Bytes(x.as_bytes()), Arg::Bytes(w.as_bytes())])?)
 }
 
 pub(super) fn weighted_rows(

@@ -144,13 +144,7 @@ impl Kernels for Cuda {
     fn route(&self, x: &Tensor, router: &Router<'_>) -> Result<Routes> {
         mixture::route(x, router)
     }
-    fn linear_grouped(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        bias: Option<&Tensor>,
-        ends: &[usize],
-    ) -> Result<Tensor> {
+    fn linear_grouped(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, ends: &Tensor) -> Result<Tensor> {
         mixture::linear_grouped(x, w, bias, ends)
     }
     fn weighted_rows(

@@ -10,6 +10,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("attention_backward.cuh", include_str!("kernels/attention_backward.cuh")),
     ("tensor_core.cuh", include_str!("kernels/tensor_core.cuh")),
     ("tensor_core_backward.cuh", include_str!("kernels/tensor_core_backward.cuh")),
+    ("grouped.cuh", include_str!("kernels/grouped.cuh")),
     ("warpgroup.cuh", include_str!("kernels/warpgroup.cuh")),
     ("wgmma_backward.cuh", include_str!("kernels/wgmma_backward.cuh")),
 ];
@@ -32,6 +33,8 @@ units! {
     SKINNY = "skinny",
     FP8 = "fp8",
     MIXTURE = "mixture",
+    GROUPED = "grouped",
+    GROUPED_WGMMA = "grouped_wgmma",
     DELTA = "delta",
     ATTENTION_FORWARD = "attention_forward",
     ATTENTION_FORWARD_WGMMA = "attention_forward_wgmma",
@@ -46,6 +49,8 @@ macro_rules! head_dims {
     ($($dim:literal),*) => {
         /// Head sizes that attention takes: each is compiled by itself.
         pub(crate) static HEAD_DIMS: &[(usize, Defines)] = &[$(($dim, &[("HEAD_DIM", $dim)])),*];
+        /// The same for the forward of targets that cap their scores.
+        static CAPPED_HEAD_DIMS: &[(usize, Defines)] = &[$(($dim, &[("HEAD_DIM", $dim), ("CAPPED", 1)])),*];
     };
 }
 
@@ -58,6 +63,11 @@ pub(crate) static DELTA_DIMS: &[(usize, Defines)] =
 /// The macros of a head size, if there are kernels for it.
 pub(crate) fn head_dim(dim: usize) -> Option<Defines> {
     HEAD_DIMS.iter().find(|(known, _)| *known == dim).map(|(_, defines)| *defines)
+}
+
+/// The macros of a head size whose scores are capped.
+pub(crate) fn capped_head_dim(dim: usize) -> Option<Defines> {
+    CAPPED_HEAD_DIMS.iter().find(|(known, _)| *known == dim).map(|(_, defines)| *defines)
 }
 
 /// Heads of 256 on cards that give a block little shared memory (8.6, 8.9, 12.0): smaller tiles in the backward.
@@ -75,13 +85,17 @@ pub fn units(hopper: bool, only: Option<usize>) -> Vec<(&'static Unit, Defines)>
         [&NORM, &ROPE, &MLP, &ROWS, &LOSS, &LOSS_SHARED, &ADAM, &SKINNY, &FP8, &MIXTURE]
             .map(|unit| (unit, PLAIN))
             .to_vec();
+    all.push((if hopper { &GROUPED_WGMMA } else { &GROUPED }, PLAIN));
     all.extend(DELTA_DIMS.iter().map(|(_, defines)| (&DELTA, *defines)));
     if !hopper && only.is_none_or(|only| only == 256) {
         all.push((&ATTENTION_BACKWARD, SMALL_SHARED_256));
     }
     for &(dim, defines) in HEAD_DIMS.iter().filter(|(dim, _)| only.is_none_or(|only| only == *dim)) {
         let [forward, backward] = on_warpgroups(dim).map(|exists| exists && hopper);
-        all.push((if forward { &ATTENTION_FORWARD_WGMMA } else { &ATTENTION_FORWARD }, defines));
+        let forward = if forward { &ATTENTION_FORWARD_WGMMA } else { &ATTENTION_FORWARD };
+        all.push((forward, defines));
+        // The sizes of Gemma 2.
+        all.extend(capped_head_dim(dim).filter(|_| matches!(dim, 128 | 256)).map(|capped| (forward, capped)));
         // Its smaller kernels serve the warpgroup ones too.
         all.push((&ATTENTION_BACKWARD, defines));
         if backward {

@@ -54,8 +54,8 @@ pub struct Router<'a> {
 /// slot.
 #[derive(Debug, Clone)]
 pub struct Routes {
-    /// One past the last slot of each expert.
-    pub ends: Vec<usize>,
+    /// One past the last slot of each expert, `u32 [E]`.
+    pub ends: Tensor,
     /// The pair `r · K + k` of each slot, `u32 [R·K]`.
     pub pairs: Tensor,
     /// The row of each slot, `u32 [R·K]`.
@@ -68,14 +68,8 @@ pub struct Routes {
 
 impl Routes {
     /// Sorts the experts of all pairs, `[R·K]` numbers below `n_experts`.
-    pub(crate) fn sorted(
-        device: Device,
-        n_experts: usize,
-        k: usize,
-        experts: &[u32],
-        weights: Tensor,
-    ) -> Self {
-        let mut next = vec![0; n_experts];
+    pub(crate) fn sorted(n_experts: usize, k: usize, experts: &[u32], weights: Tensor) -> Self {
+        let mut next = vec![0u32; n_experts];
         experts.iter().for_each(|&e| next[e as usize] += 1);
         let mut first = 0;
         for count in &mut next {
@@ -84,12 +78,13 @@ impl Routes {
         let (mut pairs, mut slots) = (vec![0; experts.len()], vec![0; experts.len()]);
         for (pair, &e) in experts.iter().enumerate() {
             let slot = next[e as usize];
-            (pairs[slot], slots[pair]) = (pair as u32, slot as u32);
+            (pairs[slot as usize], slots[pair]) = (pair as u32, slot);
             next[e as usize] += 1;
         }
         let rows = pairs.iter().map(|pair| pair / k as u32).collect();
-        let [pairs, rows, slots] = [pairs, rows, slots].map(|index| Tensor::from_u32(device, index));
-        Self { ends: next, pairs, rows, slots, weights }
+        let [ends, pairs, rows, slots] =
+            [next, pairs, rows, slots].map(|index| Tensor::from_u32(Device::Cpu, index));
+        Self { ends, pairs, rows, slots, weights }
     }
 }
 
@@ -109,8 +104,8 @@ mod tests {
     #[test]
     fn pairs_are_sorted_by_expert_then_by_row() {
         let weights = Tensor::from_f32(Device::Cpu, vec![0.0; 6], &[6, 1]).expect("weights");
-        let routes = Routes::sorted(Device::Cpu, 4, 2, &[3, 0, 0, 3, 2, 0], weights);
-        assert_eq!(routes.ends, [3, 3, 4, 6]);
+        let routes = Routes::sorted(4, 2, &[3, 0, 0, 3, 2, 0], weights);
+        assert_eq!(routes.ends.to_u32(), [3, 3, 4, 6]);
         assert_eq!(routes.pairs.to_u32(), [1, 2, 5, 4, 0, 3]);
         assert_eq!(routes.rows.to_u32(), [0, 1, 2, 2, 0, 1]);
         assert_eq!(routes.slots.to_u32(), [4, 0, 1, 5, 3, 2]);

@@ -27,7 +27,7 @@ pub struct Experts {
 }
 
 impl Tape<'_> {
-    /// The experts of each row, by a router in float32. On a device the host waits for their numbers, once.
+    /// The experts of each row, by a router in float32.
     ///
     /// # Shapes
     /// x `[R, H]`; `R · top_k` slots.
@@ -45,11 +45,11 @@ impl Tape<'_> {
         x.value().device().kernels().route(x.value(), &Router { weight, bias, correction, rule })
     }
 
-    /// `y = x · w[e]ᵀ (+ bias[e])` of rows sorted by expert, as [`Routes::rows`] are; those of e end before row `ends[e]`.
+    /// `y = x · w[e]ᵀ (+ bias[e])` of rows sorted by expert, as [`Routes::rows`] are.
     ///
     /// # Shapes
     /// x `[M, K]`, y `[M, N]`.
-    pub fn linear_grouped(&self, x: &Var, experts: &Experts, ends: &[usize]) -> Result<Var> {
+    pub fn linear_grouped(&self, x: &Var, experts: &Experts, routes: &Routes) -> Result<Var> {
         const OP: &str = "linear_grouped";
         self.expect_frozen(OP, x)?;
         let value = |id: ParamId| &self.params().get(id).value;
@@ -57,13 +57,10 @@ impl Tape<'_> {
         let &[e, n, k] = w.shape() else {
             return Err(Error::shape(OP, "weight", "[E, N, K]", w.shape()));
         };
-        expect_cols(OP, "input", x.value(), k)?;
         bias.map_or(Ok(()), |bias| expect_shape(OP, "bias", bias, &[e, n]))?;
-        if ends.len() != e || !ends.is_sorted() || ends.last().copied().unwrap_or(0) != x.rows_cols().0 {
-            let expected = format!("{e} ascending ends, the last {}", x.rows_cols().0);
-            return Err(Error::shape(OP, "ends", expected, ends));
-        }
-        Ok(self.input(x.value().device().kernels().linear_grouped(x.value(), w, bias, ends)?))
+        expect_shape(OP, "input", x.value(), &[routes.rows.len(), k])?;
+        expect_shape(OP, "routes", &routes.ends, &[e])?;
+        Ok(self.input(x.value().device().kernels().linear_grouped(x.value(), w, bias, &routes.ends)?))
     }
 
     /// `y[r] = base[r] + Σ_k weights[r, k] · x[index[r, k]]`, summed in the order of k.

@@ -74,8 +74,8 @@ fn plain(inputs: &Inputs, r: usize) -> Vec<(usize, f64)> {
 
 /// The expert of each pair.
 pub(crate) fn experts_of(routes: &Routes) -> Vec<usize> {
-    let slots = routes.slots.to_u32();
-    slots.iter().map(|&slot| routes.ends.partition_point(|&end| end <= slot as usize)).collect()
+    let (slots, ends) = (routes.slots.to_u32(), routes.ends.to_u32());
+    slots.iter().map(|slot| ends.partition_point(|end| end <= slot)).collect()
 }
 
 #[test]
@@ -142,6 +142,11 @@ pub(crate) fn grouped(ends: [usize; 5]) -> [Tensor; 3] {
     [&[ends[4], 24][..], &[5, 9, 24], &[5, 9]].map(|shape| normal(&mut rng, shape))
 }
 
+/// The ends of groups as a device has them.
+pub(crate) fn ends_on(device: Device, ends: [usize; 5]) -> Tensor {
+    Tensor::from_u32(device, ends.map(|end| end as u32).to_vec())
+}
+
 /// Few rows and many, and none.
 pub(crate) const ENDS: [[usize; 5]; 4] = [[0, 0, 1, 1, 1], [3, 3, 10, 60, 61], [0, 33, 33, 90, 200], [0; 5]];
 
@@ -159,7 +164,8 @@ fn each_group_has_its_own_matrix() {
                 (products.sum::<f64>() + with * f64::from(bs[expert(m) * 9 + n])) as f32
             };
             for (with, bias) in [(0.0, None), (1.0, Some(&bias))] {
-                let got = Device::Cpu.kernels().linear_grouped(&x, &w, bias, &ends).unwrap();
+                let there = ends_on(Device::Cpu, ends);
+                let got = Device::Cpu.kernels().linear_grouped(&x, &w, bias, &there).unwrap();
                 let want: Vec<f32> = (0..ends[4])
                     .flat_map(|m| (0..9).map(move |n| (m, n)))
                     .map(|(m, n)| element(m, n, with))
@@ -191,7 +197,8 @@ fn threads_change_no_bit_of_a_mixture() {
             let (_, inputs) = routers(300).swap_remove(1);
             let routes = inputs.routes();
             let [x, w, bias] = grouped(ENDS[2]);
-            let y = Device::Cpu.kernels().linear_grouped(&x, &w, Some(&bias), &ENDS[2]).unwrap();
+            let ends = ends_on(Device::Cpu, ENDS[2]);
+            let y = Device::Cpu.kernels().linear_grouped(&x, &w, Some(&bias), &ends).unwrap();
             (bits(&routes.weights), routes.slots.to_u32(), bits(&y))
         })
     };
@@ -219,12 +226,14 @@ fn wrong_mixtures_are_refused() {
         assert!(got.contains(&format!("has shape [{n}, {kept}, {best}], expected 2 of 6 experts")), "{got}");
     }
     assert!(route(Routing { top_k: 7, ..rule }, None).contains("expected 7 of 6 experts"));
-    let linear = |w, ends: &[usize]| {
-        tape.linear_grouped(&x, &Experts { weight: w, bias: None }, ends).unwrap_err().to_string()
+    let linear = |w, rows: usize, experts: u32| {
+        let weights = zeros(&[rows, 1]);
+        let routes = Routes::sorted(experts as usize, 1, &vec![experts - 1; rows], weights);
+        tape.linear_grouped(&x, &Experts { weight: w, bias: None }, &routes).unwrap_err().to_string()
     };
-    assert_eq!(linear(weight, &[2]), "linear_grouped: weight has shape [6, 4], expected [E, N, K]");
-    assert!(linear(w, &[1, 1]).contains("ends has shape [1, 1], expected 2 ascending ends, the last 2"));
-    assert!(linear(w, &[2]).contains("expected 2 ascending ends"));
+    assert_eq!(linear(weight, 2, 6), "linear_grouped: weight has shape [6, 4], expected [E, N, K]");
+    assert_eq!(linear(w, 3, 2), "linear_grouped: input has shape [2, 4], expected [3, 4]");
+    assert_eq!(linear(w, 2, 1), "linear_grouped: routes has shape [1], expected [2]");
     let rows_of =
         |index: Tensor, k| tape.weighted_rows(&x, &index, &zeros(&[2, 1]), k, None).unwrap_err().to_string();
     assert_eq!(rows_of(rows([0, 2]), 1), "weighted_rows: index 2 is outside the 2 rows of the input");

@@ -39,15 +39,15 @@ impl Fixture {
 
     /// As [`Fixture::new`], trained on a device.
     pub(crate) fn on(device: Device) -> Self {
-        Self::built(device, VocabMap::full(VOCAB), json!({ "ttt-steps": 2 }))
+        Self::built(device, VocabMap::full(VOCAB), &json!({ "ttt-steps": 2 }))
     }
 
     /// With other settings, and a draft vocabulary that two and four ranks can share.
-    pub(crate) fn shareable(eagle3: serde_json::Value) -> Self {
+    pub(crate) fn shareable(eagle3: &serde_json::Value) -> Self {
         Self::built(Device::Cpu, even_vocab(), eagle3)
     }
 
-    fn built(device: Device, vocab: VocabMap, eagle3: serde_json::Value) -> Self {
+    fn built(device: Device, vocab: VocabMap, eagle3: &serde_json::Value) -> Self {
         let folder = specforge_testkit::tempdir();
         SmallTarget::llama(1).write(folder.path());
         let info = TargetInfo::read(folder.path()).unwrap();

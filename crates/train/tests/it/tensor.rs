@@ -38,7 +38,7 @@ fn fixture() -> Fixture {
 }
 
 fn fixture_of(objective: &str) -> Fixture {
-    Fixture::shareable(json!({
+    Fixture::shareable(&json!({
         "ttt-steps": 2, "num-attention-heads": 4, "num-key-value-heads": 2, "head-dim": 8, "objective": objective
     }))
 }

@@ -62,7 +62,7 @@ struct TileCopy {
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16* v, const u32* lo, const u32* hi,
                       const float* sinks, const __grid_constant__ Extras extras, int n_extras, int R, int T,
-                      int n_heads, int n_kv_heads, int ldq, int ldk, int ldv, int ldo, float scale) {
+                      int n_heads, int n_kv_heads, int ldq, int ldk, int ldv, int ldo, float scale, float cap) {
   extern __shared__ __align__(128) u8 shared[];
   const u32 q_tile = shared_address(shared), k_tile = q_tile + TILE_BYTES, v_tile = k_tile + TILE_BYTES;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int column = kv_head * HEAD_DIM;  // of the head in keys and values
 
   KeyTiles<ROWS / 32, KEYS> tiles(lo, hi, first, R);
-  Softmax softmax(lo, hi, row, R, scale);
+  Softmax softmax(lo, hi, row, R, scale, cap);
   float o[HEAD_DIM / 2];
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; ++i) o[i] = 0.f;

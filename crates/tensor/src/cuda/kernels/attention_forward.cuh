@@ -61,8 +61,10 @@ struct Softmax {
   u32 lo[2], span[2];         // base keys lo <= t < lo + span are seen
   float scale, slack;         // scale times log2(e); how far a score may exceed top: a factor of 256
 
-  __device__ __forceinline__ Softmax(const u32* all_lo, const u32* all_hi, int row, int rows, float scale)
-      : scale(scale * LOG2_E), slack(8.f / (scale * LOG2_E)) {
+  float limit;                // with -DCAPPED: what scores that are not yet scaled stay below
+
+  __device__ __forceinline__ Softmax(const u32* all_lo, const u32* all_hi, int row, int rows, float scale, float cap)
+      : scale(scale * LOG2_E), slack(8.f / (scale * LOG2_E)), limit(cap / scale) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       int r = min(row + 8 * h, rows - 1);
@@ -76,6 +78,10 @@ struct Softmax {
   template <int N>
   __device__ __forceinline__ void tile(float (&s)[N], u32 start, float (&factor)[2]) {
     constexpr u32 keys = N * 2;
+#ifdef CAPPED
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] = capped(s[i]);
+#endif
     bool whole = start >= lo[0] && start + keys - lo[0] <= span[0] && start >= lo[1] && start + keys - lo[1] <= span[1];
     if (!__all_sync(0xffffffffu, whole)) {
       u32 column = start + 2 * (threadIdx.x % 4);
@@ -112,10 +118,19 @@ struct Softmax {
   __device__ __forceinline__ void one(float (&s)[2], float (&factor)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+#ifdef CAPPED
+      if (s[h] != -INF) s[h] = capped(s[h]);
+#endif
       float base = __fmul_rn(raise(h, s[h], factor[h]), scale);
       s[h] = exp2_fast(fmaf(s[h], scale, -base));
       sum[h] = fmaf(sum[h], factor[h], s[h]);
     }
+  }
+
+  // limit * tanh(x / limit): an error of some 1e-7 of the limit, and the limit itself far out.
+  __device__ __forceinline__ float capped(float x) const {
+    const float power = exp2_fast(__fmul_rn(__fdividef(x, limit), 2.f * LOG2_E));
+    return fmaf(-2.f * limit, __fdividef(1.f, power + 1.f), limit);
   }
 
   // Moves a row's top to x if x exceeds it by too much; returns the top, or 0 while nothing is seen, so that -inf minus

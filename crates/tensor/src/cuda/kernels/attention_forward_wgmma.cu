@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     attention_forward_wgmma(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16* v, const u32* lo,
                             const u32* hi, const float* sinks, const __grid_constant__ Extras extras, int n_extras,
                             int R, int T, int n_heads, int n_kv_heads, int ldq, int ldk, int ldv, int ldo,
-                            float scale) {
+                            float scale, float cap) {
   extern __shared__ __align__(1024) u8 memory[];
   const Shared shared = {(shared_address(memory) + 1023) / 1024 * 1024};
   // Causal rows see more keys the later they are; the longest tiles start first so that the short ones fill the end.
@@ -293,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
           .gather(shared.queries(group), q + head * HEAD_DIM, ldq,
                   [&](int i) { return (u32)min(first + group * 64 + i, R - 1); });
     copy_commit();
-    Softmax softmax(lo, hi, row, R, scale);
+    Softmax softmax(lo, hi, row, R, scale, cap);
     copy_wait<0>();
     publish_shared();
     named_sync(WITHIN + group, 128);

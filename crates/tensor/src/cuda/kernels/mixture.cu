@@ -1,4 +1,4 @@
-// Mixtures of experts: picking experts, and weighted sums of rows.
+// Mixtures of experts: picking experts, sorting rows by expert, and weighted sums of rows.
 #include "common.cuh"
 
 constexpr int WARPS = 4;            // of a block of `route`: one row each
@@ -93,6 +93,53 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   __syncwarp();
   const float divisor = is_normalised ? total + 1e-20f : 1.f;
   for (int k = lane; k < top_k; k += 32) weights[row * top_k + k] = weights[row * top_k + k] / divisor * scale;
+}
+
+// ---- Sorting the pairs of rows and experts by expert, then by pair ----
+
+constexpr int SORTERS = 8;  // warps of an expert: each looks through its own stretch of the pairs
+
+// The stretch of a warp: a multiple of 32 pairs from `first` on.
+__device__ __forceinline__ int stretch(int pairs, int& first) {
+  const int length = (pairs + SORTERS * 32 - 1) / (SORTERS * 32) * 32;
+  first = threadIdx.x / 32 * length;
+  const int last = first + length;
+  return last < pairs ? last : pairs;
+}
+
+// counts[e, s]: pairs of expert e in stretch s. Block 256; grid experts; no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(SORTERS * 32) count_pairs(u32* counts, const u32* experts, int pairs) {
+  int first, count = 0;
+  const int last = stretch(pairs, first);
+  for (int i = first + threadIdx.x % 32; i < last; i += 32) count += experts[i] == blockIdx.x;
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) count += __shfl_xor_sync(NONE, count, o);
+  if (threadIdx.x % 32 == 0) counts[blockIdx.x * SORTERS + threadIdx.x / 32] = count;
+}
+
+// Routes of kernels/mixture.rs: ends [experts], sorted [pairs] (the pair of each slot), rows [pairs] and slots [pairs].
+// Block 256; grid experts; no dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(SORTERS * 32)
+    sort_pairs(u32* ends, u32* sorted, u32* rows, u32* slots, const u32* counts, const u32* experts, int pairs,
+               int top_k) {
+  const int lane = threadIdx.x % 32, before = blockIdx.x * SORTERS + threadIdx.x / 32;
+  u32 slot = 0;
+  for (int i = lane; i < before; i += 32) slot += counts[i];
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) slot += __shfl_xor_sync(NONE, slot, o);
+  if (threadIdx.x == (SORTERS - 1) * 32) ends[blockIdx.x] = slot + counts[before];
+  int first;
+  const int last = stretch(pairs, first);
+  for (int base = first; base < last; base += 32) {
+    const int pair = base + lane;
+    const bool mine = pair < last && experts[pair] == blockIdx.x;
+    const u32 all = __ballot_sync(NONE, mine);
+    if (mine) {
+      const u32 at = slot + __popc(all & ((1u << lane) - 1));
+      sorted[at] = pair, rows[at] = pair / top_k, slots[pair] = at;
+    }
+    slot += __popc(all);
+  }
 }
 
 // y[r] = base[r] + sum over k of weights[r, k] x[index[r, k]], in the order of k, one rounding; base may be null, or y.

@@ -27,6 +27,23 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   } while (!done);
 }
 
+// One arrival, which says how many bytes the copy engine will bring in this phase.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// What the copy engine has to know of a matrix of bytes; see TensorMap of the crate cuda.
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+// Starts copying the map's box from this byte and row on into shared memory, and tells the barrier when it is there.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int byte, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"((u64)&map), "r"(byte), "r"(row), "r"(barrier)
+      : "memory");
+}
+
 // Named barriers for some of a block's threads; 0 is __syncthreads.
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -167,6 +184,20 @@ __device__ __forceinline__ void warpgroup_multiply(float* d, const u32* a, u64 b
         : REGISTERS_16(d, 0), REGISTERS_16(d, 16), REGISTERS_16(d, 32), REGISTERS_16(d, 48)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"((int)TRANSPOSED));
   }
+}
+
+// d[64 x 128] (+)= a[64 x 32] b[128 x 32]^T of e4m3, both in shared memory; bytes and layouts as above.
+__device__ __forceinline__ void warpgroup_multiply_e4m3(float* d, u64 a, u64 b, bool accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1; }"
+      : REGISTERS_16(d, 0), REGISTERS_16(d, 16), REGISTERS_16(d, 32), REGISTERS_16(d, 48)
+      : "l"(a), "l"(b), "r"((int)accumulate));
 }
 
 #undef REGISTERS_16

@@ -2,8 +2,9 @@
 
 use specforge_testkit::assert_close;
 
-use super::{assert_near, check, device, rounded, upload};
+use super::{assert_near, check, device, on_both, rounded, upload};
 use crate::tests::attention::{kernel_forward, leaves_of, plain};
+use crate::tests::frozen::capped;
 use crate::tests::{Op, attend, documents, heads, matrix, normal, rows};
 use crate::{Attention, AttentionShape, DType, Device, KeyValue, Part, Spans, Tensor};
 
@@ -53,6 +54,21 @@ fn cuda_attention_agrees_over_many_tiles() {
         for window in [usize::MAX, 150] {
             let spans = documents(&[700], window);
             check_all(&format!("700 rows, window {window}"), heads(2, 1, head_dim), &spans, 700, 2, device);
+        }
+    }
+}
+
+#[test]
+fn cuda_capped_attention_agrees() {
+    let Some(device) = device() else { return };
+    for head_dim in [16, 80, 128, 256] {
+        for (cap, window, lengths) in
+            [(0.7, usize::MAX, &LENGTHS[..]), (50.0, 40, &LENGTHS), (2.0, 150, &[400])]
+        {
+            let (s, n) = (heads(4, 2, head_dim), lengths.iter().sum());
+            let op = capped(s, documents(lengths, window), leaves_of(s, n, n, 1), vec![None], cap);
+            let [here, there] = on_both(&op, device, DType::Bf16);
+            assert_near(&format!("{s:?}, cap {cap}"), &there.value(), &here.value());
         }
     }
 }

@@ -1,9 +1,11 @@
 //! Mixtures of experts and the gated delta rule.
 
+use specforge_testkit::Lcg;
+
 use super::{assert_near, device, rounded, upload};
 use crate::tests::delta::Case;
-use crate::tests::mixture::{ENDS, Inputs, experts_of, grouped, routers, ties};
-use crate::tests::{bits, rows};
+use crate::tests::mixture::{ENDS, Inputs, ends_on, experts_of, grouped, routers, ties};
+use crate::tests::{bits, normal, rows};
 use crate::{DType, DeltaShape, Device, Tensor};
 
 /// Inputs of a router as both sides have them: bfloat16 but for the correction.
@@ -26,7 +28,11 @@ fn cuda_rows_pick_the_same_experts() {
         for (name, inputs) in routers(n) {
             let [here, there] = on_both(&inputs, device).map(|inputs| inputs.routes());
             assert_eq!(experts_of(&there), experts_of(&here), "{name}, {n} rows");
-            assert_eq!(there.rows.to_u32(), here.rows.to_u32(), "{name}, {n} rows");
+            for [got, want] in
+                [[&there.rows, &here.rows], [&there.pairs, &here.pairs], [&there.ends, &here.ends]]
+            {
+                assert_eq!(got.to_u32(), want.to_u32(), "{name}, {n} rows");
+            }
             assert_near(&name, &there.weights, &here.weights);
         }
     }
@@ -42,7 +48,7 @@ fn cuda_groups_agree_with_the_cpu() {
     for ends in ENDS {
         let [x, w, bias] = grouped(ends);
         let run = |[x, w, bias]: [Tensor; 3]| {
-            let kernels = x.device().kernels();
+            let (kernels, ends) = (x.device().kernels(), ends_on(x.device(), ends));
             [None, Some(&bias)].map(|bias| kernels.linear_grouped(&x, &w, bias, &ends).unwrap())
         };
         let here = run([&x, &w, &bias].map(rounded));
@@ -68,13 +74,41 @@ fn cuda_groups_agree_with_the_cpu() {
     }
 }
 
+/// Several tiles of rows, columns and of the inner dimension, the last of each not full; and a row's bits do not depend on
+/// how many rows are beside it.
+#[test]
+fn cuda_large_groups_agree_with_the_cpu() {
+    let Some(device) = device() else { return };
+    let ends = [130, 130, 131, 460, 700];
+    let mut rng = Lcg::new(37);
+    let [x, w] = [&[700, 584][..], &[5, 300, 584]].map(|shape| rounded(&normal(&mut rng, shape)));
+    let linear = |x: &Tensor, w: &Tensor, ends| {
+        x.device().kernels().linear_grouped(x, w, None, &ends_on(x.device(), ends)).unwrap()
+    };
+    let (there, w_there) = (upload(&x, device), upload(&w, device));
+    let all = linear(&there, &w_there, ends);
+    assert_near("bf16", &all, &linear(&x, &w, ends));
+    let few = linear(&there.rows(0..5).unwrap(), &w_there, [5; 5]);
+    assert_eq!(bits(&few), bits(&all.rows(0..5).unwrap()), "the bits of rows beside fewer others");
+    let [x, w] = [&[700, 592][..], &[5, 300, 592]].map(|shape| rounded(&normal(&mut rng, shape)));
+    match upload(&w, device).quantize_rows() {
+        Err(why) => println!("skipped: {why}"),
+        Ok(eight) => {
+            let got = linear(&upload(&x, device), &eight, ends);
+            super::assert_near_within("8 bits", &got, &linear(&x, &w, ends), 5e-2);
+        }
+    }
+}
+
 /// A row of an expert has the same bits whatever rows are beside it, up to 32 of them.
 #[test]
 fn cuda_rows_of_a_group_do_not_depend_on_each_other() {
     let Some(device) = device() else { return };
     let [x, w, _] = grouped([0, 32, 32, 32, 32]).map(|t| upload(&t, device));
-    let linear =
-        |n: usize| device.kernels().linear_grouped(&x.rows(0..n).unwrap(), &w, None, &[0, n, n, n, n]);
+    let linear = |n: usize| {
+        let ends = ends_on(device, [0, n, n, n, n]);
+        device.kernels().linear_grouped(&x.rows(0..n).unwrap(), &w, None, &ends)
+    };
     let all = linear(32).unwrap();
     for n in [1, 2, 9, 31] {
         assert_eq!(bits(&linear(n).unwrap()), bits(&all.rows(0..n).unwrap()), "{n} rows");
@@ -91,11 +125,13 @@ fn cuda_groups_of_8_bit_weights_agree() {
         Tensor::from_f32(Device::Cpu, values, shape).unwrap()
     };
     let (x, w) = (rounded(&wide(&x, &[ends[4], 64])), rounded(&wide(&w, &[5, 16, 64])));
-    let want = Device::Cpu.kernels().linear_grouped(&x, &w, None, &ends).unwrap();
+    let linear =
+        |x: &Tensor, w: &Tensor| x.device().kernels().linear_grouped(x, w, None, &ends_on(x.device(), ends));
+    let want = linear(&x, &w).unwrap();
     match upload(&w, device).quantize_rows() {
         Err(why) => println!("skipped: {why}"),
         Ok(w) => {
-            let got = device.kernels().linear_grouped(&upload(&x, device), &w, None, &ends).unwrap();
+            let got = linear(&upload(&x, device), &w).unwrap();
             super::assert_near_within("8 bits", &got, &want, 5e-2);
         }
     }
