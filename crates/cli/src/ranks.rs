@@ -1,17 +1,20 @@
 //! The ranks of a command: none but this process, threads of it, or processes that someone started together.
 
+mod layout;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use specforge_config::{DeviceChoice, Fsdp, ParallelConfig, ReduceDType, RunPlan};
+use specforge_config::{DeviceChoice, ParallelConfig, RunPlan};
 use specforge_cuda::Gpu;
+use specforge_models::TargetInfo;
 use specforge_parallel::launch::{Placement, placement};
 use specforge_parallel::rendezvous::Meeting;
-use specforge_parallel::{Alarm, Level, Mesh, MeshShape, nccl, rendezvous, tell, threads};
-use specforge_tensor::{Combine, DType, Device, Group, Tensor};
-use specforge_train::Ranks;
+use specforge_parallel::{Alarm, nccl, rendezvous, tell, threads};
+use specforge_tensor::{Combine, Device, Group, Tensor};
 
+pub(crate) use self::layout::{Apart, Layout};
 use crate::show::quiet;
 use crate::{env, gpu, launch, setup};
 
@@ -37,6 +40,11 @@ impl Rank {
     /// Whether this rank prints, decides and writes what there is one of.
     pub(crate) fn is_first(&self) -> bool {
         self.number() == 0
+    }
+
+    /// All ranks, where there are several.
+    pub(crate) fn world(&self) -> Option<Arc<dyn Group>> {
+        self.world.clone()
     }
 
     /// Its number.
@@ -81,41 +89,6 @@ impl Rank {
             None => Ok(own),
         }
     }
-
-    /// The mesh of a plan, where there are several ranks.
-    pub(crate) fn mesh(&self, plan: &ParallelConfig) -> Result<Option<Ranks>> {
-        let Some(world) = &self.world else { return Ok(None) };
-        let mesh = Mesh::new(world.clone(), shape(plan, world.size())?, self.device)?;
-        let level = match plan.fsdp {
-            Fsdp::None => Level::None,
-            Fsdp::Optimizer => Level::Optimizer,
-            Fsdp::Gradients => Level::Gradients,
-            Fsdp::Full => Level::Full,
-        };
-        let reduce = match plan.reduce {
-            ReduceDType::F32 => DType::F32,
-            ReduceDType::Bf16 => DType::Bf16,
-        };
-        Ok(Some(Ranks { mesh, level, reduce, patience: patience(plan) }))
-    }
-}
-
-/// The mesh that a plan makes of so many ranks.
-fn shape(plan: &ParallelConfig, ranks: usize) -> Result<MeshShape> {
-    let (sequence, tensor) = (plan.sequence, plan.tensor);
-    let data = plan.data.unwrap_or(ranks / (sequence * tensor));
-    if data * sequence * tensor != ranks {
-        bail!(
-            "{ranks} ranks were started, but parallel.data x sequence x tensor is {data} x {sequence} x {tensor} = {}: \
-             start that many, or leave parallel.data out",
-            data * sequence * tensor
-        );
-    }
-    let shards = plan.shards.unwrap_or(data);
-    if !data.is_multiple_of(shards) {
-        bail!("parallel.shards = {shards}: expected a divisor of the {data} ranks that rows are dealt to");
-    }
-    Ok(MeshShape { replicas: data / shards, shards, sequence, tensor })
 }
 
 fn patience(plan: &ParallelConfig) -> Duration {
@@ -126,7 +99,11 @@ fn patience(plan: &ParallelConfig) -> Duration {
 pub(crate) fn run(plan: RunPlan, command: impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync) -> Result<()> {
     launch::end_with_parent();
     let placed = placement(&env::launch())?;
-    let asked = plan.parallel.data.unwrap_or(1) * plan.parallel.sequence * plan.parallel.tensor;
+    // Said before anything is read or anyone is started.
+    if plan.parallel.of_target() > 1 {
+        TargetInfo::read(&plan.target.path)?.shared_by(plan.parallel.of_target())?;
+    }
+    let asked = layout::asked(&plan.parallel);
     match placed {
         _ if plan.parallel.ranks_in_process => in_threads(plan, asked, &command),
         Some(placement) if placement.size > 1 => as_process(plan, &placement, &command),
@@ -136,6 +113,19 @@ pub(crate) fn run(plan: RunPlan, command: impl Fn(RunPlan, &Rank) -> Result<Endi
             end(command(plan, &Rank { world: None, device: Device::Cpu })?)
         }
     }
+}
+
+/// As [`run`], for a command that only decodes: on as many ranks as share the target, however many train.
+pub(crate) fn run_decoding(
+    mut plan: RunPlan,
+    command: impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync,
+) -> Result<()> {
+    let of_target = plan.parallel.of_target();
+    let data = if placement(&env::launch())?.is_none() { Some(of_target) } else { None };
+    let alone = ParallelConfig { data, target_tensor: Some(of_target), ..ParallelConfig::default() };
+    let ParallelConfig { timeout, rendezvous, ranks_in_process, .. } = plan.parallel;
+    plan.parallel = ParallelConfig { timeout, rendezvous, ranks_in_process, ..alone };
+    run(plan, command)
 }
 
 /// Ranks that nobody has started: one process per GPU of this machine.
@@ -155,9 +145,11 @@ fn start(plan: &RunPlan, asked: usize) -> Result<()> {
 /// What to do where ranks are asked for that nobody has started, on CPUs.
 fn not_started(plan: &RunPlan, asked: usize) -> String {
     let with = if cfg!(feature = "mpi") { "" } else { "build with --features mpi and " };
+    let lies_over = plan.parallel.of_target() > 1 || plan.parallel.target_ranks > 0;
+    let without = if lies_over { ", without target-tensor and target-ranks" } else { "" };
     format!(
         "the recipe asks for {asked} ranks, and this process was started alone: {with}run it with \
-         `mpirun -n {asked} specforge ...` (device = {:?}), or set parallel.data = 1",
+         `mpirun -n {asked} specforge ...` (device = {:?}), or set parallel.data = 1{without}",
         plan.device
     )
 }
@@ -199,7 +191,7 @@ fn as_process(
     placement: &Placement,
     command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
-    shape(&plan.parallel, placement.size)?;
+    layout::shape(&plan.parallel, placement.size)?;
     quiet(placement.rank > 0);
     if plan.device != DeviceChoice::Cpu {
         gpu::choose(placement.local_rank)?;

@@ -11,7 +11,7 @@ use specforge_methods::{DraftMethod, Frozen, Ranks, VocabMap};
 use specforge_models::{Capture, Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::{CaptureSpec, Identity, Spec, TargetIdentity};
-use specforge_tensor::{DType, Device, Params};
+use specforge_tensor::{DType, Device, Group, Params};
 use specforge_train::{Checkpoint, features};
 
 use crate::gpu;
@@ -134,12 +134,17 @@ fn storage(plan: &RunPlan) -> Result<Option<DType>> {
     })
 }
 
-/// The whole target in memory.
-pub(crate) fn target(plan: &RunPlan) -> Result<Arc<Target>> {
-    let target = Target::load(&plan.target.path, device(plan)?, storage(plan)?)?;
+/// The target in memory: all of it, or what this one of several ranks has of it.
+pub(crate) fn target(plan: &RunPlan, ranks: Option<&Arc<dyn Group>>) -> Result<Arc<Target>> {
+    let (path, device, storage) = (&plan.target.path, device(plan)?, storage(plan)?);
+    let target = match ranks {
+        None => Target::load(path, device, storage)?,
+        Some(ranks) => Target::load_shared(path, device, storage, ranks)?,
+    };
     let info = target.info();
+    let shared = ranks.map_or_else(String::new, |ranks| format!(", shared by {} ranks", ranks.size()));
     note!(
-        "target    {} ({} layers, width {}, vocabulary {}), {}",
+        "target    {} ({} layers, width {}, vocabulary {}){shared}, {}",
         info.architecture,
         info.n_layers,
         info.hidden_size,
@@ -155,6 +160,15 @@ pub(crate) fn frozen(plan: &RunPlan, info: &TargetInfo) -> Result<Frozen> {
     // A batch reads a few rows of the embedding: it stays on the host.
     let [embedding, head] = specforge_models::tables(&plan.target.path, info, device.storage())?;
     Ok(Frozen { head: head.to_device(device)?, embedding })
+}
+
+/// The parts of a target in memory that a draft reads: its own, unless it lies over other ranks than the draft does.
+pub(crate) fn frozen_of(plan: &RunPlan, target: &Target, draft: &Ranks) -> Result<Frozen> {
+    let (of_target, of_draft) = (target.ranks(), draft.tensor.as_ref());
+    if of_target.is_some_and(|ranks| of_draft.map_or(1, |draft| draft.size()) != ranks.size()) {
+        return frozen(plan, target.info());
+    }
+    Ok(Frozen { embedding: target.embedding().clone(), head: target.head().clone() })
 }
 
 /// The draft with fresh weights, its vocabulary counted over the supervised tokens of the prepared set.

@@ -60,7 +60,7 @@ fn run(config: RunConfig, check: &mut Check<'_>) -> Option<RunPlan> {
     let data = data_plan(data, &output_dir, check);
     let store = store_plan(store, &capture, &run_dir, check);
     let train = train_plan(train, data.max_length, check);
-    let parallel = parallel::plan(parallel, train.on_oom, check);
+    let parallel = parallel::plan(parallel, (mode, train.on_oom), check);
     let eval = eval_plan(eval, data.eval_fraction, check);
     let export = export_plan(export, &run_dir, check);
     let target = target_plan(target, check);

@@ -174,11 +174,17 @@ impl TargetInfo {
         Err(self.wrong("final_logit_softcapping", why))
     }
 
-    /// What one of `size` ranks computes of it (tensor parallel): some heads and some of the MLP. Fails where that does
-    /// not come out even.
-    pub(crate) fn share(&self, size: usize) -> Result<Self> {
+    /// What one of `size` ranks computes of it (tensor parallel): some heads and some of the MLP. Fails where its layers
+    /// cannot be shared, or where that does not come out even.
+    pub fn shared_by(&self, size: usize) -> Result<Self> {
+        if size > 1 && !architecture::of(&self.path, &self.raw)?.is_shared {
+            let known = architecture::shared();
+            let why = format!("ranks cannot share it (parallel.target-tensor); they can share {known}");
+            return Err(self.wrong("architectures", why));
+        }
         let even = |key: &str, n: usize| {
-            let why = format!("{size} ranks share it (parallel.tensor), expected a multiple of {size}");
+            let why =
+                format!("{size} ranks share it (parallel.target-tensor), expected a multiple of {size}");
             if n.is_multiple_of(size) { Ok(n / size) } else { Err(self.wrong(key, why)) }
         };
         even("vocab_size", self.vocab_size)?;

@@ -81,12 +81,7 @@ impl Target {
     ) -> Result<Self> {
         let architecture = architecture::of(&info.path, &info.raw)?;
         let ranks = ranks.filter(|ranks| ranks.size() > 1);
-        if ranks.is_some() && !architecture.is_shared {
-            let why =
-                format!("ranks cannot share it (parallel.tensor); they can share {}", architecture::shared());
-            return Err(info.wrong("architectures", why));
-        }
-        let own = info.share(ranks.map_or(1, |ranks| ranks.size()))?;
+        let own = info.shared_by(ranks.map_or(1, |ranks| ranks.size()))?;
         let frame = (architecture.frame)(&info)?;
         let mut params = Params::new();
         // Embedding, head and norms stay as they are: they are small, or the teacher's.

@@ -17,6 +17,6 @@ pub mod threads;
 mod watch;
 
 pub use mesh::{Mesh, MeshShape, Place};
-pub use say::tell;
+pub use say::{receive_numbers, send_numbers, tell, tell_numbers};
 pub use shard::{Level, Shards, leaving, sum};
 pub use watch::{Alarm, Watch};

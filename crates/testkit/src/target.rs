@@ -33,20 +33,31 @@ impl SmallTarget {
     /// Eight layers of width 32, random but for the head, which mostly follows each letter of [`SmallTarget::LETTERS`]
     /// by the next one, around and around: logits far from uniform, and a draft that learns within a few steps.
     pub fn llama(seed: u64) -> Self {
-        let (width, intermediate, vocabulary) = (32, 48, 263);
+        Self::with(seed, 2, 263)
+    }
+
+    /// As [`SmallTarget::llama`], for one, two or four ranks to share: four heads, and a token more that is never used.
+    pub fn shared(seed: u64) -> Self {
+        Self::with(seed, 4, 264)
+    }
+
+    fn with(seed: u64, heads: usize, vocabulary: usize) -> Self {
+        let (width, intermediate, head_dim) = (32, 48, 16);
         let config = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
-            "num_hidden_layers": 8, "vocab_size": vocabulary, "num_attention_heads": 2, "num_key_value_heads": 2,
-            "head_dim": 16, "intermediate_size": intermediate, "max_position_embeddings": 512,
+            "num_hidden_layers": 8, "vocab_size": vocabulary, "num_attention_heads": heads, "num_key_value_heads": heads,
+            "head_dim": head_dim, "intermediate_size": intermediate, "max_position_embeddings": 512,
             "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
-            "torch_dtype": "float32", "bos_token_id": null, "eos_token_id": vocabulary - 2,
+            "torch_dtype": "float32", "bos_token_id": null, "eos_token_id": 261,
         });
         let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![vocabulary, width], 1.0)];
         for layer in 0..8 {
             let mut add = |name: &str, shape: &[usize]| {
                 shapes.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec(), 0.08));
             };
-            ["q", "k", "v", "o"].iter().for_each(|p| add(&format!("self_attn.{p}_proj"), &[width, width]));
+            let all_heads = heads * head_dim;
+            ["q", "k", "v"].iter().for_each(|p| add(&format!("self_attn.{p}_proj"), &[all_heads, width]));
+            add("self_attn.o_proj", &[width, all_heads]);
             add("mlp.gate_proj", &[intermediate, width]);
             add("mlp.up_proj", &[intermediate, width]);
             add("mlp.down_proj", &[width, intermediate]);

@@ -4,11 +4,15 @@ mod cache;
 mod given;
 mod offline;
 mod online;
+mod received;
 
-pub use cache::Cache;
+pub use cache::{Cache, Writers};
 pub use given::with_teacher;
 pub use offline::{Offline, record_features, schema};
 pub use online::{Online, append};
+pub use received::Received;
+
+use std::ops::Range;
 
 use specforge_methods::{Batch, Teacher};
 use specforge_tensor::Tensor;
@@ -44,6 +48,18 @@ pub fn teacher_is_read(loss_mask: &[u8], t: usize) -> bool {
 pub trait FeatureSource: Send {
     /// The packed batch of these rows, in this order.
     fn fetch(&mut self, rows: &[usize]) -> Result<Batch>;
+
+    /// The ranks whose fetches this rank takes part in, by their place among those that rows are dealt to; its own is one
+    /// of them. `None`: it fetches alone, whenever it likes. Ranks that meet in a fetch must meet in the same order there
+    /// and in the steps, so the loop fetches for them a round at a time, right where the batch is needed.
+    fn meets(&self) -> Option<Range<usize>> {
+        None
+    }
+
+    /// Takes part in a round of another rank, or in one in which this rank has no row.
+    fn take_part(&mut self, _rows: &[usize]) -> Result<()> {
+        Ok(())
+    }
 
     /// All rows have been seen once more.
     fn end_of_epoch(&mut self) -> Result<()> {

@@ -44,7 +44,8 @@ pub trait Hooks {
     /// Whether to stop after this step, save and return.
     fn stop_requested(&self) -> bool;
 
-    /// The acceptance length of the draft from decoding held-out prompts; `None` where no target is at hand.
+    /// The acceptance length of the draft from decoding held-out prompts; `None` where no target is at hand. All ranks call
+    /// this, and the first one's answer counts.
     fn acceptance_length(&mut self, method: &dyn DraftMethod, params: &Params) -> Result<Option<f64>>;
 }
 

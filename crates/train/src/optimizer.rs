@@ -41,11 +41,6 @@ impl Ranks {
         place.replica + place.shard + place.sequence == 0
     }
 
-    /// Whether this rank decodes with the first one, in step: all that the draft's matrices are spread over.
-    pub fn decodes(&self) -> bool {
-        self.is_beside_first()
-    }
-
     /// Ranks that are given the same batch.
     pub(crate) fn per_batch(&self) -> usize {
         self.mesh.shape.sequence * self.mesh.shape.tensor

@@ -1,8 +1,12 @@
 //! The order of rows: a shuffle per epoch, packed into micro-batches under a token budget, grouped into steps. It is
 //! a function of the settings alone, so that a resumed run takes up where it stopped.
 
+use std::ops::Range;
+
 use rand_chacha::rand_core::Rng;
 use specforge_nn::init::stream;
+
+use crate::Position;
 
 /// The rows of one micro-batch.
 pub type MicroBatch = Vec<usize>;
@@ -52,6 +56,20 @@ impl Order {
         let (batch, piece) = (&step[rank % n], rank / n);
         let pieces = ranks / n + usize::from(rank % n < ranks % n);
         vec![self.piece(batch, piece, pieces)]
+    }
+
+    /// What the ranks `which` of `ranks` do of a step, a round at a time: one micro-batch of each.
+    pub fn rounds(&self, step: &[MicroBatch], which: Range<usize>, ranks: usize) -> Vec<Vec<MicroBatch>> {
+        let dealt: Vec<_> = which.map(|rank| self.deal(step, rank, ranks)).collect();
+        let rounds = dealt.first().map_or(0, Vec::len);
+        (0..rounds).map(|round| dealt.iter().map(|of_rank| of_rank[round].clone()).collect()).collect()
+    }
+
+    /// The steps from a position on, up to so many of the whole run.
+    pub fn steps_from(&self, position: Position, total: u64) -> impl Iterator<Item = Vec<MicroBatch>> {
+        let Position { step, epoch, epoch_step } = position;
+        let epochs = (epoch..).map(|epoch| self.epoch(epoch)).take_while(|steps| !steps.is_empty());
+        epochs.flatten().skip(epoch_step as usize).take(total.saturating_sub(step) as usize)
     }
 
     /// Piece `piece` of `pieces` of a micro-batch.
@@ -136,6 +154,28 @@ mod tests {
             let own = tokens(&order.deal(whole, rank, 3)[0]);
             assert!(own.abs_diff(tokens(&whole[0]) / 3) < 60, "{own} tokens");
         }
+    }
+
+    #[test]
+    fn parallel_steps_from_a_position_are_those_that_are_left() {
+        let order = order(61, 64, 3);
+        let lengths = [0, 1].map(|epoch| order.epoch(epoch).len() as u64);
+        let total = lengths[0] + lengths[1] + 2;
+        let all: Vec<_> = order.steps_from(Position::default(), total).collect();
+        assert_eq!(all.len() as u64, total);
+        assert_eq!(all[..lengths[0] as usize], order.epoch(0));
+        assert_eq!(all[all.len() - 2..], order.epoch(2)[..2]);
+        let mut position = Position::default();
+        while position.step < total {
+            let left: Vec<_> = order.steps_from(position, total).collect();
+            assert_eq!(left, all[position.step as usize..], "{position:?}");
+            position.step += 1;
+            position.epoch_step += 1;
+            if lengths.get(position.epoch as usize) == Some(&position.epoch_step) {
+                position = Position { epoch: position.epoch + 1, epoch_step: 0, ..position };
+            }
+        }
+        assert!(order.rounds(&all[0], 1..3, 4).iter().all(|round| round.len() == 2));
     }
 
     #[test]

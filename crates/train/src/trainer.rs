@@ -1,8 +1,9 @@
 //! The loop: fetch, step, and once in a while log, evaluate and save. It knows no method by name, no device, and not
 //! where features come from.
 
+use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -13,11 +14,12 @@ use specforge_tensor::{Device, Group, Later, Params};
 use crate::checkpoint::Best;
 use crate::hooks::{Event, Held, Hooks, Outcome};
 use crate::log::Log;
+use crate::round::{Round, fetch, locked};
 use crate::saving::{Saving, Snapshot};
 use crate::step::{PendingStep, evaluate, step};
 use crate::tally::{Tally, from_first};
 use crate::window::Window;
-use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Optimizer, Order, Ranks, Result, State};
+use crate::{Checkpoint, Checkpoints, Error, FeatureSource, Figures, Optimizer, Order, Result, State};
 
 /// How a run goes, beyond its order of rows.
 #[derive(Debug, Clone)]
@@ -114,7 +116,8 @@ impl Trainer<'_> {
         Ok(Outcome::Finished)
     }
 
-    /// The rest of an epoch. Batches are fetched ahead on a thread of their own while the last one is trained on.
+    /// The rest of an epoch. Batches are fetched ahead on a thread of their own while the last one is trained on, unless
+    /// ranks meet in a fetch.
     fn run_epoch(
         &mut self,
         source: &mut dyn FeatureSource,
@@ -123,37 +126,56 @@ impl Trainer<'_> {
         hooks: &mut dyn Hooks,
     ) -> Result<Outcome> {
         let left = (self.settings.total_steps - self.state.position.step) as usize;
+        let peers = source.meets();
         let steps = epoch.iter().skip(self.state.position.epoch_step as usize).take(left);
-        let steps: Vec<_> = steps.map(|step| self.own_rows(step)).collect();
+        let steps: Vec<_> = steps.map(|step| self.rounds(step, peers.clone())).collect();
+        let counts: Vec<usize> = steps.iter().map(Vec::len).collect();
         let (source, device) = (Mutex::new(source), self.device());
+        if peers.is_some() {
+            let mut batches = steps.iter().flatten().map(|round| fetch(&source, round, device));
+            return self.run_steps((&counts, epoch.len()), &mut batches, (&source, course), hooks);
+        }
         std::thread::scope(|scope| {
             let (sender, batches) = sync_channel::<Result<Option<Batch>>>(1);
             let (source, planned) = (&source, &steps);
             scope.spawn(move || {
-                for rows in planned.iter().flat_map(|micro_batches| micro_batches.iter()) {
+                for round in planned.iter().flatten() {
                     // The receiver is gone once the run stops; then so is the reason to fetch.
-                    if sender.send(fetch(source, rows, device)).is_err() {
+                    if sender.send(fetch(source, round, device)).is_err() {
                         return;
                     }
                 }
             });
-            let mut in_flight = None;
-            for micro_batches in &steps {
-                let end_of_epoch = self.state.position.epoch_step + 1 == epoch.len() as u64;
-                let issued = self.one_step(&batches, micro_batches.len(), end_of_epoch, hooks)?;
-                // Figures are read one step late, while the device works on the next one.
-                let before = in_flight.replace(issued);
-                self.settle(before, course, hooks)?;
-                if self.is_due(course, hooks) {
-                    self.settle(in_flight.take(), course, hooks)?;
-                    if self.after_step(source, course, hooks)? {
-                        return Ok(Outcome::Stopped);
-                    }
+            // Moved in: the thread ends when this does.
+            let mut batches = batches.into_iter();
+            self.run_steps((&counts, epoch.len()), &mut batches, (source, course), hooks)
+        })
+    }
+
+    /// Steps of so many micro-batches each, the last ones of an epoch of `epoch_steps`.
+    fn run_steps(
+        &mut self,
+        (counts, epoch_steps): (&[usize], usize),
+        batches: &mut dyn Iterator<Item = Result<Option<Batch>>>,
+        (source, course): (&Mutex<&mut dyn FeatureSource>, &mut Course),
+        hooks: &mut dyn Hooks,
+    ) -> Result<Outcome> {
+        let mut in_flight = None;
+        for n_batches in counts {
+            let end_of_epoch = self.state.position.epoch_step + 1 == epoch_steps as u64;
+            let issued = self.one_step(batches, *n_batches, end_of_epoch, hooks)?;
+            // Figures are read one step late, while the device works on the next one.
+            let before = in_flight.replace(issued);
+            self.settle(before, course, hooks)?;
+            if self.is_due(course, hooks) {
+                self.settle(in_flight.take(), course, hooks)?;
+                if self.after_step(source, course, hooks)? {
+                    return Ok(Outcome::Stopped);
                 }
             }
-            self.settle(in_flight, course, hooks)?;
-            Ok(Outcome::Finished)
-        })
+        }
+        self.settle(in_flight, course, hooks)?;
+        Ok(Outcome::Finished)
     }
 
     /// Where the draft is trained.
@@ -172,16 +194,20 @@ impl Trainer<'_> {
         })
     }
 
-    /// This rank's micro-batches of those of a step.
-    fn own_rows(&self, step: &[Vec<usize>]) -> Vec<Vec<usize>> {
-        let data = self.data();
-        data.map_or_else(|| step.to_vec(), |data| self.order.deal(step, data.group.rank(), data.group.size()))
+    /// What of a step's micro-batches this rank has, one after the other, each with what the ranks have that it fetches
+    /// together with.
+    fn rounds(&self, step: &[Vec<usize>], peers: Option<Range<usize>>) -> Vec<Round> {
+        let (rank, size) = self.data().map_or((0, 1), |data| (data.group.rank(), data.group.size()));
+        let peers = peers.unwrap_or(rank..rank + 1);
+        let own = rank - peers.start;
+        let rounds = self.order.rounds(step, peers, size).into_iter();
+        rounds.map(|rows| Round { rows, own }).collect()
     }
 
     /// Asks for the next step.
     fn one_step(
         &mut self,
-        batches: &Receiver<Result<Option<Batch>>>,
+        batches: &mut dyn Iterator<Item = Result<Option<Batch>>>,
         n_batches: usize,
         end_of_epoch: bool,
         hooks: &dyn Hooks,
@@ -189,7 +215,7 @@ impl Trainer<'_> {
         let started = Instant::now();
         let factor = self.settings.schedule.lr_factor(self.state.position.step, self.settings.total_steps);
         let (lr, shrink) = (self.optimizer.config().lr * factor, self.settings.shrink_on_oom);
-        let batches = (0..n_batches).map(|_| batches.recv().expect("the fetching thread sends every batch"));
+        let batches = (0..n_batches).map(|_| batches.next().expect("every batch is fetched"));
         let pending = step(self.method, (&mut self.params, &mut self.optimizer), batches, (lr, shrink))?;
         let own = Tally { tokens: pending.tokens, stop: hooks.stop_requested() };
         let tally = match self.optimizer.ranks() {
@@ -285,18 +311,16 @@ impl Trainer<'_> {
         let figures = match self.settings.held_out.as_slice() {
             [] => None,
             rows => {
-                let own = self.own_rows(rows);
-                let batches = own.iter().map(|rows| fetch(source, rows, self.device()));
+                let peers = locked(source)?.meets();
+                let own = self.rounds(rows, peers);
+                let batches = own.iter().map(|round| fetch(source, round, self.device()));
                 // Half a batch on one of the ranks that share it would be out of step with the others.
                 let halve = self.optimizer.ranks().is_none_or(|ranks| ranks.per_batch() == 1);
                 let figures = evaluate(self.method, &self.params, batches, halve)?;
                 Some(data.as_ref().map_or(Ok(figures.clone()), |data| data.over(figures.clone()))?)
             }
         };
-        let mut decoded = None;
-        if self.optimizer.ranks().is_none_or(Ranks::decodes) {
-            decoded = hooks.acceptance_length(self.method, &self.params)?;
-        }
+        let mut decoded = hooks.acceptance_length(self.method, &self.params)?;
         let mut estimate = figures.as_ref().map(Figures::estimated_acceptance_length);
         if let Some(ranks) = self.optimizer.ranks() {
             // Whether this step is the best one is for the first rank to say.
@@ -363,16 +387,6 @@ struct Issued {
     lr: f64,
     started: Instant,
     step: u64,
-}
-
-/// The batch of these rows; nothing without a row.
-fn fetch(source: &Mutex<&mut dyn FeatureSource>, rows: &[usize], device: Device) -> Result<Option<Batch>> {
-    if rows.is_empty() {
-        return Ok(None);
-    }
-    let mut source =
-        source.lock().map_err(|_| Error::Mode("the source of features failed before".to_owned()))?;
-    Ok(Some(source.fetch(rows)?.to_device(device)?))
 }
 
 /// Names the last good checkpoint in an error that stops the run for numerical reasons.

@@ -1,12 +1,14 @@
 //! `specforge capture`: the target runs once over the prepared set, its hidden states go to the feature store.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use specforge_config::RunPlan;
 use specforge_models::Capture;
+use specforge_parallel::tell_numbers;
 use specforge_store::{Reader, Spec, Writer, WriterOptions, finish_interrupted};
+use specforge_tensor::{Combine, Device, Group, Tensor};
 use specforge_train::{Online, features};
 
 use crate::ranks::{self, Ending, Rank};
@@ -15,7 +17,7 @@ use crate::show::{Progress, bytes, note, print, table};
 
 /// Run the target once and keep its hidden states, so that training needs only the draft.
 ///
-/// Stopped or killed, the same command goes on where it was, on any number of ranks. The store is described in
+/// Stopped or killed, the same command goes on where it was, on any number of ranks, whatever they share. The store is described in
 /// docs/reference/feature-store.md; `specforge info STORE --verify` checks every byte of it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -35,23 +37,25 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank) -> Result<Ending> {
     let data = rank.first_then_others(|| setup::prepared(plan))?;
-    let target = setup::target(plan)?;
+    let sharing = rank.sharing_target(&plan.parallel)?;
+    let target = setup::target(plan, sharing.as_ref())?;
     target.info().expect_teacher()?;
     setup::expect_room(target.info(), &data)?;
     let capture: Capture = plan.method.capture(target.info())?;
     let spec = setup::store_spec(plan, target.info(), &capture, &data)?;
-    let mut writer = open(plan, &spec, rank)?;
-    let missing: Vec<usize> = (0..data.len()).filter(|&row| !writer.contains(row as u64)).collect();
-    let (total, already) = (data.len() as u64, (data.len() - missing.len()) as u64);
+    let copy = Copy::of(plan, rank, sharing)?;
+    let mut writer = copy.open(plan, &spec, rank)?;
+    let total = data.len() as u64;
+    let (own, already) = copy.own_rows(writer.as_ref(), data.len())?;
     // Nobody finishes a shard before everyone has seen which rows are missing.
     rank.barrier()?;
     if already > 0 {
         note!("store     {already} of {total} rows are there already");
     }
-    let own: Vec<usize> = missing.into_iter().skip(rank.number()).step_by(rank.size()).collect();
-    let online = Online { target, data, capture, dtype: setup::capture_dtype(plan) };
-    let done = already + rank.sum(capture_rows(&online, &mut writer, &own, (already, total), rank)?)?;
-    writer.finish()?;
+    let online = Online { target, data, capture, dtype: setup::capture_dtype(plan), peers: None };
+    let done = copy.capture_rows(&online, writer.as_mut(), &own, (already, total))?;
+    let done = already + rank.sum(if writer.is_some() { done } else { 0 })?;
+    writer.map_or(Ok(()), Writer::finish)?;
     rank.barrier()?;
     if done < total {
         let how = "run the same command again to go on";
@@ -63,41 +67,97 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank) -> Result<Ending> {
     Ok(Ending::Done)
 }
 
-/// This rank's part of the store. What another number of ranks has left unfinished is finished first.
-fn open(plan: &RunPlan, spec: &Spec, rank: &Rank) -> Result<Writer> {
-    if rank.is_first() {
-        let own = (rank.size() == 1).then_some(0);
-        finish_interrupted(&plan.store.path, spec, own)?;
-    }
-    rank.barrier()?;
-    let (writer, shard_bytes) = (rank.number() as u32, plan.store.shard_bytes);
-    Ok(Writer::open(&plan.store.path, spec, &WriterOptions { writer, shard_bytes })?)
+/// A copy of the target: one of several ranks' own, or one that this rank shares with others. The first of these writes.
+struct Copy {
+    number: usize,
+    copies: usize,
+    sharing: Option<Arc<dyn Group>>,
+    device: Device,
 }
 
-/// Captures rows until they are done or somebody asks to stop; how many were.
-fn capture_rows(
-    online: &Online,
-    writer: &mut Writer,
-    rows: &[usize],
-    (already, total): (u64, u64),
-    rank: &Rank,
-) -> Result<u64> {
-    let stop = stop_on_signal()?;
-    let progress = Progress::new("capture", false);
-    let mut done = 0;
-    for rows in rows.chunks(ROWS_AT_ONCE) {
-        for (&row, row_features) in rows.iter().zip(online.rows(rows)?) {
-            features::append(writer, row, &row_features)?;
+impl Copy {
+    fn of(plan: &RunPlan, rank: &Rank, sharing: Option<Arc<dyn Group>>) -> Result<Self> {
+        let ranks = sharing.as_ref().map_or(1, |sharing| sharing.size());
+        if !rank.size().is_multiple_of(ranks) {
+            bail!(
+                "{ranks} ranks share a copy of the target (parallel.target-tensor), but {} were started: capture on a \
+                 multiple of {ranks}",
+                rank.size()
+            );
         }
-        done += rows.len() as u64;
-        // The other ranks are about as far.
-        progress.set((already + done * rank.size() as u64).min(total), total);
-        if stop.load(Ordering::Relaxed) {
-            break;
-        }
+        let (number, copies, device) = (rank.number() / ranks, rank.size() / ranks, setup::device(plan)?);
+        Ok(Self { number, copies, sharing, device })
     }
-    progress.done();
-    Ok(done)
+
+    /// Whether this rank writes what the ranks that share the copy compute.
+    fn writes(&self) -> bool {
+        self.sharing.as_ref().is_none_or(|sharing| sharing.rank() == 0)
+    }
+
+    /// Its part of the store. What another number of copies has left unfinished is finished first.
+    fn open(&self, plan: &RunPlan, spec: &Spec, rank: &Rank) -> Result<Option<Writer>> {
+        if rank.is_first() {
+            let own = (self.copies == 1).then_some(0);
+            finish_interrupted(&plan.store.path, spec, own)?;
+        }
+        rank.barrier()?;
+        if !self.writes() {
+            return Ok(None);
+        }
+        let options = WriterOptions { writer: self.number as u32, shard_bytes: plan.store.shard_bytes };
+        Ok(Some(Writer::open(&plan.store.path, spec, &options)?))
+    }
+
+    /// The rows that it is to capture, and how many need no capture by anyone; as the rank that writes finds the store.
+    fn own_rows(&self, writer: Option<&Writer>, n_rows: usize) -> Result<(Vec<usize>, u64)> {
+        let found = writer.map_or_else(Vec::new, |writer| {
+            let missing: Vec<u32> =
+                (0..n_rows as u32).filter(|row| !writer.contains((*row).into())).collect();
+            let already = n_rows as u32 - missing.len() as u32;
+            [already].into_iter().chain(missing.into_iter().skip(self.number).step_by(self.copies)).collect()
+        });
+        let told = match &self.sharing {
+            Some(sharing) => tell_numbers(sharing.as_ref(), self.device, 0, &found)?,
+            None => found,
+        };
+        let (already, rows) =
+            told.split_first().map_or((0, [].as_slice()), |(already, rows)| (*already, rows));
+        Ok((rows.iter().map(|row| *row as usize).collect(), already.into()))
+    }
+
+    /// Captures rows until they are done or somebody asks to stop; how many were.
+    fn capture_rows(
+        &self,
+        online: &Online,
+        mut writer: Option<&mut Writer>,
+        rows: &[usize],
+        (already, total): (u64, u64),
+    ) -> Result<u64> {
+        let stop = stop_on_signal()?;
+        let progress = Progress::new("capture", false);
+        let mut done = 0;
+        for rows in rows.chunks(ROWS_AT_ONCE) {
+            for (&row, row_features) in rows.iter().zip(online.rows(rows)?) {
+                writer.as_mut().map_or(Ok(()), |writer| features::append(writer, row, &row_features))?;
+            }
+            done += rows.len() as u64;
+            // The other copies are about as far.
+            progress.set((already + done * self.copies as u64).min(total), total);
+            if self.any(stop.load(Ordering::Relaxed))? {
+                break;
+            }
+        }
+        progress.done();
+        Ok(done)
+    }
+
+    /// Whether it is so on any of the ranks that share the copy: they go on together.
+    fn any(&self, own: bool) -> Result<bool> {
+        let Some(sharing) = &self.sharing else { return Ok(own) };
+        let mut any = Tensor::from_u32(self.device, vec![u32::from(own)]);
+        sharing.all_reduce(&mut any, Combine::Max)?;
+        Ok(any.to_u32()[0] > 0)
+    }
 }
 
 fn show(args: &Args, plan: &RunPlan) -> Result<()> {

@@ -12,6 +12,7 @@ use specforge_train::{Checkpoint, Checkpoints};
 
 use super::export;
 use crate::hub;
+use crate::ranks::{self, Ending, Rank};
 use crate::setup::{self, RecipeArgs};
 use crate::show::{Progress, note, positions, print, rate, table};
 
@@ -60,20 +61,37 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut plan = args.recipe.plan()?;
-    override_eval(&mut plan, args);
-    let target = setup::target(&plan)?;
-    let frozen = Frozen { embedding: target.embedding().clone(), head: target.head().clone() };
-    let (method, params) = draft(args, &plan, &target, &frozen)?;
-    let prompts = prompts(&plan)?;
+    ranks::run_decoding(args.recipe.read()?, |mut plan, rank| {
+        override_eval(&mut plan, args);
+        on_rank(args, &plan, rank)
+    })
+}
+
+/// Ranks that share the target decode the same prompts in step; the first one says what came out.
+fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank) -> Result<Ending> {
+    let layout = rank.layout(&plan.parallel)?;
+    let prompts = rank.first_then_others(|| prompts(plan))?;
+    if !layout.decodes {
+        return Ok(Ending::Done);
+    }
+    let target = setup::target(plan, layout.target.as_ref())?;
+    let frozen = setup::frozen_of(plan, &target, &Ranks::default())?;
+    let (method, params) = draft(args, plan, &target, &frozen)?;
     let options =
-        Options { sampling: Sampling { seed: args.seed, ..options(&plan).sampling }, ..options(&plan) };
+        Options { sampling: Sampling { seed: args.seed, ..options(plan).sampling }, ..options(plan) };
     let progress = Progress::new("eval", false);
     let shown = |done, total| progress.set(done, total);
     let report = specforge_eval::evaluate(&target, method.as_ref(), &params, &prompts, &options, &shown);
     progress.done();
     let report = report?;
-    if args.json { print(serde_json::to_string_pretty(&report)?) } else { print(table(&rows(&report))) }
+    if rank.is_first() {
+        if args.json {
+            print(serde_json::to_string_pretty(&report)?)?;
+        } else {
+            print(table(&rows(&report)))?;
+        }
+    }
+    Ok(Ending::Done)
 }
 
 fn override_eval(plan: &mut RunPlan, args: &Args) {

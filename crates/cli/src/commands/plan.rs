@@ -11,7 +11,7 @@ mod work;
 
 use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValuesParser;
-use specforge_config::{CaptureDType, Fsdp, Mode, RunPlan, TargetDType};
+use specforge_config::{CaptureDType, Fsdp, Mode, ParallelConfig, RunPlan, TargetDType};
 use specforge_methods::eagle3::{self, Dims};
 use specforge_methods::{Counts, Exchange, MethodConfig};
 use specforge_models::TargetInfo;
@@ -57,6 +57,12 @@ pub(crate) struct Args {
     /// Cards that share every matrix; absent: parallel.tensor.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     tensor: Option<u64>,
+    /// Cards that share one copy of the target; absent: parallel.target-tensor.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    target_tensor: Option<u64>,
+    /// Cards among them that have the target and train nothing; absent: parallel.target-ranks.
+    #[arg(long, value_name = "N")]
+    target_ranks: Option<u64>,
     /// Cards that share the rows of a batch; absent: parallel.sequence.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     sequence: Option<u64>,
@@ -121,7 +127,7 @@ impl Subject {
             Some(tokens) => Work::assumed(&plan, tokens as u64, args.supervised, config.ttt_steps),
             None => Work::prepared(&plan, config.ttt_steps)?,
         };
-        let layout = layout(args, &plan)?;
+        let layout = layout(args, &plan, &info)?;
         expect_shared(&plan, &info, layout)?;
         Ok(Self { plan, info, config, dims, device, card, links, layout, work })
     }
@@ -174,22 +180,39 @@ fn card(args: &Args, plan: &RunPlan) -> Result<(Device, Card)> {
 }
 
 /// The layout that was asked for.
-fn layout(args: &Args, plan: &RunPlan) -> Result<Layout> {
-    let parallel = &plan.parallel;
-    let tensor = args.tensor.unwrap_or(parallel.tensor as u64);
-    let sequence = args.sequence.unwrap_or(parallel.sequence as u64);
-    let gpus = args.gpus.unwrap_or(parallel.data.unwrap_or(1) as u64 * tensor * sequence);
+fn layout(args: &Args, plan: &RunPlan, info: &TargetInfo) -> Result<Layout> {
+    let parallel = ParallelConfig {
+        tensor: args.tensor.map_or(plan.parallel.tensor, |n| n as usize),
+        sequence: args.sequence.map_or(plan.parallel.sequence, |n| n as usize),
+        target_tensor: args.target_tensor.map(|n| n as usize).or(plan.parallel.target_tensor),
+        target_ranks: args.target_ranks.map_or(plan.parallel.target_ranks, |n| n as usize),
+        ..plan.parallel.clone()
+    };
+    let [tensor, sequence, target, apart] =
+        [parallel.tensor, parallel.sequence, parallel.of_target(), parallel.target_ranks].map(|n| n as u64);
+    let gpus = args.gpus.unwrap_or(parallel.data.unwrap_or(1) as u64 * tensor * sequence + apart);
     let zero = args.zero.unwrap_or(match parallel.fsdp {
         Fsdp::None => 0,
         Fsdp::Optimizer => 1,
         Fsdp::Gradients => 2,
         Fsdp::Full => 3,
     });
-    if !gpus.is_multiple_of(tensor * sequence) {
-        bail!("--gpus {gpus} is no multiple of --tensor {tensor} x --sequence {sequence}");
+    let training = gpus.saturating_sub(apart);
+    if training == 0 || !training.is_multiple_of(tensor * sequence) {
+        let of_target = if apart > 0 { format!(", {apart} of them for the target,") } else { String::new() };
+        bail!("--gpus {gpus}{of_target} is no multiple of --tensor {tensor} x --sequence {sequence}");
     }
-    let data = gpus / (tensor * sequence);
-    Ok(Layout { data, tensor, sequence, zero: if data > 1 { zero } else { 0 } })
+    let data = training / (tensor * sequence);
+    let copied = if apart > 0 { apart } else { gpus };
+    if !copied.is_multiple_of(target) || apart > 0 && !data.is_multiple_of(apart / target) {
+        bail!(
+            "--target-tensor {target}: expected a divisor of {copied} cards, with as many batches for each copy"
+        );
+    }
+    if plan.mode != Mode::Offline {
+        info.shared_by(target as usize)?;
+    }
+    Ok(Layout { data, tensor, sequence, zero: if data > 1 { zero } else { 0 }, target, apart })
 }
 
 /// Fails where a training would: the draft cannot be shared like this.

@@ -1,5 +1,7 @@
 //! `specforge train`: a recipe to a trained draft, its acceptance length, and the folder that SGLang loads.
 
+mod decoder;
+mod serving;
 mod terminal;
 
 use std::path::{Path, PathBuf};
@@ -11,22 +13,24 @@ use serde::Serialize;
 use serde_json::json;
 use specforge_config::{Exchange, Length, Mode, OnOom, RunPlan};
 use specforge_data::Prepared;
-use specforge_methods::{DraftMethod, Frozen, Sequence};
+use specforge_methods::{Counts, DraftMethod, Sequence};
 use specforge_models::{Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::Reader;
 use specforge_tensor::{Device, Param, Params};
 use specforge_train::{
     Cache, Checkpoint, Checkpoints, FeatureSource, Offline, Online, Optimizer, Order, Outcome, Ranks,
-    Settings, State, Trainer,
+    Received, Settings, State, Trainer, Writers,
 };
 
-use terminal::{Decoder, Terminal};
+use decoder::{Decoder, Far};
+use serving::{Served, serve};
+use terminal::Terminal;
 
 use super::capture::stop_on_signal;
 use super::export;
 use crate::lock;
-use crate::ranks::{self, Ending, Rank};
+use crate::ranks::{self, Apart, Ending, Layout, Rank};
 use crate::setup::{self, RecipeArgs};
 use crate::show::{bytes, note, positions, print, rate, table};
 use crate::warm_start;
@@ -111,15 +115,21 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result<Ending> {
-    let ranks = rank.mesh(&plan.parallel)?;
-    let info = expect_possible(plan, (rank, ranks.as_ref()))?;
+    let info = expect_possible(plan)?;
     let _lock = if rank.is_first() { Some(lock::take(&plan.run_dir)?) } else { None };
     let resume = resumed(args, plan, rank)?;
     let data = rank.first_then_others(|| setup::prepared(plan))?;
     let (train_rows, held_out) = data.split(plan.data.eval_fraction, plan.seed);
+    let mut layout = rank.layout(&plan.parallel)?;
+    if let Some(Apart::Serves { clients, dealt }) = layout.apart.take_if(|apart| apart.serves()) {
+        let (sharing, peers) = (layout.target, layout.peers.unwrap_or_default());
+        let served = Served { sharing, peers, dealt, clients, resume: resume.as_ref() };
+        return serve(plan, &data, (&train_rows, &held_out), served);
+    }
     let Parts { method, params, mut source, mut decoder } =
-        Parts::build(plan, &info, (&data, &held_out), ranks.as_ref())?;
-    let mut trainer = trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), ranks)?;
+        Parts::build(plan, &info, (&data, &held_out), (rank, &layout))?;
+    let mut trainer =
+        trainer(plan, method.as_ref(), params, &data, (&train_rows, &held_out), layout.train.take())?;
     let untrained = begin(&mut trainer, resume.as_ref(), plan, &mut decoder, rank)?;
     let training = Instant::now();
     let (tokens_before, steps_before) = (trainer.state.tokens, trainer.state.position.step);
@@ -127,6 +137,7 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     let outcome = trainer.run(source.as_mut(), &mut hooks);
     hooks.progress.done();
     if outcome? == Outcome::Stopped {
+        layout.end()?;
         return Ok(Ending::Stopped(format!(
             "stopped at step {} and saved; go on with: specforge train {} --resume",
             trainer.state.position.step,
@@ -135,12 +146,15 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
     }
     let tokens_per_second =
         (trainer.state.tokens - tokens_before) as f64 / training.elapsed().as_secs_f64().max(1e-9);
-    let best = best(&trainer, plan, rank)?;
-    if !trainer.optimizer.ranks().is_none_or(Ranks::decodes) {
+    // The last checkpoint is complete once the first rank is here.
+    trainer.optimizer.ranks().map_or(Ok(()), |ranks| ranks.mesh.world.barrier())?;
+    if !decoder.decodes {
+        layout.end()?;
         return Ok(Ending::Done);
     }
-    let best = use_best(&mut trainer, best)?;
-    let report = decoder.measure(method.as_ref(), &trainer.params)?;
+    let best = use_best(&mut trainer, plan)?;
+    let report = decoder.measure(method.as_ref(), &trainer.params, true)?;
+    layout.end()?;
     let whole = whole(&trainer)?;
     if !rank.is_first() {
         return Ok(Ending::Done);
@@ -207,8 +221,7 @@ fn begin(
     if rank.is_first() {
         setup::write_text(&plan.run_dir.join(PLAN), &plan.to_json())?;
     }
-    let decodes = trainer.optimizer.ranks().is_none_or(Ranks::decodes);
-    let untrained = if decodes { decoder.acceptance_length(trainer.method, &trainer.params)? } else { None };
+    let untrained = decoder.acceptance_length(trainer.method, &trainer.params)?;
     if rank.is_first() {
         setup::write_json(&path, &untrained)?;
     }
@@ -274,19 +287,11 @@ fn take_up(trainer: &mut Trainer<'_>, checkpoint: &Checkpoint, plan: &RunPlan) -
     Ok(())
 }
 
-/// The best checkpoint, if it is not where the run stands: the first rank, which has finished writing, tells the others.
-fn best(trainer: &Trainer<'_>, plan: &RunPlan, rank: &Rank) -> Result<Option<Checkpoint>> {
-    let folder = rank.told(|| {
-        let best = Checkpoints::open(plan.run_dir.join("checkpoints"), 0)?.named("best")?;
-        let best = best.filter(|best| best.state.position.step != trainer.state.position.step);
-        Ok(best.map(|best| best.folder.to_string_lossy().into_owned()).unwrap_or_default())
-    })?;
-    if folder.is_empty() { Ok(None) } else { Ok(Some(Checkpoint::open(Path::new(&folder))?)) }
-}
-
 /// The best checkpoint's weights instead of the last ones.
-fn use_best(trainer: &mut Trainer<'_>, best: Option<Checkpoint>) -> Result<u64> {
-    let Some(best) = best else { return Ok(trainer.state.position.step) };
+fn use_best(trainer: &mut Trainer<'_>, plan: &RunPlan) -> Result<u64> {
+    let best = Checkpoints::open(plan.run_dir.join("checkpoints"), 0)?.named("best")?;
+    let step = trainer.state.position.step;
+    let Some(best) = best.filter(|best| best.state.position.step != step) else { return Ok(step) };
     best.restore_weights(&mut trainer.params)?;
     Ok(best.state.position.step)
 }
@@ -357,61 +362,72 @@ impl Parts {
         plan: &RunPlan,
         info: &TargetInfo,
         (data, held_out): (&Arc<Prepared>, &[usize]),
-        ranks: Option<&Ranks>,
+        (rank, layout): (&Rank, &Layout),
     ) -> Result<Self> {
-        let target = if plan.mode == Mode::Offline { None } else { Some(setup::target(plan)?) };
+        let sharing = layout.target.clone();
+        let of_batch = of_batch(plan, layout.train.as_ref());
+        // Read from a store, or from ranks of the target's own, features need no target here.
+        let is_here = plan.mode != Mode::Offline && layout.apart.is_none();
+        let target = if is_here { Some(setup::target(plan, sharing.as_ref())?) } else { None };
         let frozen = match &target {
-            Some(target) => Frozen { embedding: target.embedding().clone(), head: target.head().clone() },
+            Some(target) => setup::frozen_of(plan, target, &of_batch)?,
             None => setup::frozen(plan, info)?,
         };
-        let (method, mut params) = setup::draft(plan, info, &frozen, data, &of_batch(plan, ranks))?;
+        let (method, mut params) = setup::draft(plan, info, &frozen, data, &of_batch)?;
         if let Some(folder) = &plan.train.warm_start {
             warm_start::replace(folder, method.as_ref(), &mut params)?;
         }
         setup::expect_room(info, data)?;
-        let source = source(plan, info, method.as_ref(), target.clone(), data)?;
+        let source = source(plan, (info, data), method.as_ref(), target.clone(), (rank, layout))?;
         let prompts = setup::prompts(plan, held_out, data, plan.eval.max_prompts)?;
         if prompts.is_empty() {
             note!("warning: no prompt is held out and eval.prompts names none: nothing will be measured");
         }
-        let in_step = ranks.is_some_and(|ranks| ranks.mesh.shape.tensor > 1);
-        let decoder = Decoder { target, plan: plan.clone(), prompts, in_step };
+        let in_step = sharing.is_some() || plan.parallel.tensor > 1;
+        let far = layout.line().map(|line| Far { line, draft: of_batch, asks: rank.is_first() });
+        let (decodes, plan) = (layout.decodes, plan.clone());
+        let decoder = Decoder { target, sharing, decodes, in_step, far, plan, prompts };
         Ok(Self { method, params, source, decoder })
     }
 }
 
 /// The ranks that share a batch.
 fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
-    let exchange = match plan.parallel.exchange {
-        Exchange::Ring => specforge_methods::Exchange::Ring,
-        Exchange::Heads => specforge_methods::Exchange::Heads,
-    };
+    let exchange = exchange(plan);
     let sequence = ranks.map(|ranks| Sequence { ranks: ranks.mesh.sequence.clone(), exchange });
     specforge_methods::Ranks { tensor: ranks.map(|ranks| ranks.mesh.tensor.clone()), sequence }
 }
 
-/// What is known of the target without its weights; fails where the draft cannot be trained for it, or by these ranks.
-fn expect_possible(plan: &RunPlan, (rank, ranks): (&Rank, Option<&Ranks>)) -> Result<TargetInfo> {
-    if plan.mode == Mode::Cache && rank.size() > 1 {
-        bail!(
-            "mode = \"cache\" has one rank: capture first (`specforge capture` takes any number), then train with mode = \"offline\""
-        );
+fn exchange(plan: &RunPlan) -> specforge_methods::Exchange {
+    match plan.parallel.exchange {
+        Exchange::Ring => specforge_methods::Exchange::Ring,
+        Exchange::Heads => specforge_methods::Exchange::Heads,
     }
+}
+
+/// What is known of the target without its weights; fails where the draft cannot be trained for it, or by these ranks.
+fn expect_possible(plan: &RunPlan) -> Result<TargetInfo> {
     let info = TargetInfo::read(&plan.target.path)?;
     info.expect_teacher()?;
-    plan.method.check_shared(&info, of_batch(plan, ranks).counts())?;
+    let (tensor, sequence) = (plan.parallel.tensor, plan.parallel.sequence);
+    plan.method.check_shared(&info, Counts { tensor, sequence, exchange: exchange(plan) })?;
     Ok(info)
 }
 
 /// Where the features come from.
 fn source(
     plan: &RunPlan,
-    info: &TargetInfo,
+    (info, data): (&TargetInfo, &Arc<Prepared>),
     method: &dyn DraftMethod,
     target: Option<Arc<Target>>,
-    data: &Arc<Prepared>,
+    (rank, layout): (&Rank, &Layout),
 ) -> Result<Box<dyn FeatureSource>> {
-    let capture = method.capture().clone();
+    let (capture, dtype) = (method.capture().clone(), setup::capture_dtype(plan));
+    if let Some(Apart::Trains { line, own, .. }) = &layout.apart {
+        let (line, data, own) = (line.clone(), data.clone(), *own);
+        let widths = [capture.layers.len() * info.hidden_size, info.hidden_size];
+        return Ok(Box::new(Received { line, data, widths, dtype, own }));
+    }
     let spec = |capture| setup::store_spec(plan, info, capture, data);
     let Some(target) = target else {
         let reader = Reader::open(&plan.store.path).with_context(|| {
@@ -421,10 +437,11 @@ fn source(
         reader.expect(&spec.identity, &spec.schema)?;
         return Ok(Box::new(Offline::new(Arc::new(reader))));
     };
-    let online = Online { target, data: data.clone(), capture, dtype: setup::capture_dtype(plan) };
+    let online = Online { target, data: data.clone(), capture, dtype, peers: layout.peers.clone() };
     if plan.mode == Mode::Cache {
         let spec = spec(&online.capture)?;
-        return Ok(Box::new(Cache::open(online, plan.store.path.clone(), spec)?));
+        let writers = Writers { ranks: rank.world(), own: layout.writer };
+        return Ok(Box::new(Cache::open(online, plan.store.path.clone(), spec, writers)?));
     }
     Ok(Box::new(online))
 }
@@ -437,18 +454,8 @@ fn trainer<'a>(
     (train_rows, held_out): (&[usize], &[usize]),
     ranks: Option<Ranks>,
 ) -> Result<Trainer<'a>> {
-    let lengths = |rows: &[usize]| rows.iter().map(|&r| (r, data.row(r).ids.len())).collect::<Vec<_>>();
-    let order = Order {
-        rows: lengths(train_rows),
-        tokens_per_batch: plan.train.tokens_per_batch,
-        accumulation: plan.train.accumulation,
-        seed: plan.seed,
-    };
-    let total_steps = match plan.train.length {
-        Length::Epochs(epochs) => order.total_steps(epochs),
-        Length::MaxSteps(steps) => steps,
-    };
-    let held = Order { rows: lengths(held_out), accumulation: 1, ..order.clone() };
+    let (order, total_steps) = order(plan, data, train_rows);
+    let held = Order { rows: lengths(data, held_out), accumulation: 1, ..order.clone() };
     let settings = Settings {
         folder: plan.run_dir.clone(),
         total_steps,
@@ -477,4 +484,23 @@ fn trainer<'a>(
     );
     let optimizer = Optimizer::new(plan.train.optimizer.clone(), &params, ranks)?;
     Ok(Trainer { method, params, optimizer, order, settings, state: State::new(identity) })
+}
+
+/// The order of rows, and the steps of the whole run.
+fn order(plan: &RunPlan, data: &Prepared, train_rows: &[usize]) -> (Order, u64) {
+    let order = Order {
+        rows: lengths(data, train_rows),
+        tokens_per_batch: plan.train.tokens_per_batch,
+        accumulation: plan.train.accumulation,
+        seed: plan.seed,
+    };
+    let total_steps = match plan.train.length {
+        Length::Epochs(epochs) => order.total_steps(epochs),
+        Length::MaxSteps(steps) => steps,
+    };
+    (order, total_steps)
+}
+
+fn lengths(data: &Prepared, rows: &[usize]) -> Vec<(usize, usize)> {
+    rows.iter().map(|&row| (row, data.row(row).ids.len())).collect()
 }

@@ -1,6 +1,7 @@
 //! Tests of the program as users run it: the binary, a small random target, a few dozen conversations.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod apart;
 mod bad_data;
 mod bad_folder;
 mod bad_run;
@@ -9,6 +10,7 @@ mod bench;
 mod hub;
 mod import;
 mod kill;
+mod layout;
 mod left;
 mod look;
 mod modes;

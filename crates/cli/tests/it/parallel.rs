@@ -288,7 +288,6 @@ fn parallel_what_cannot_be_is_told_with_the_way_out() {
     sets(&["parallel.data=4", "parallel.shards=3"], &["parallel.shards", "a divisor"]);
     sets(&["parallel.ranks-in-process=true"], &["parallel.data", "missing"]);
     sets(&["parallel.timeout=0"], &["parallel.timeout", "at least 1"]);
-    sets(&["parallel.data=2", "parallel.ranks-in-process=true", "mode=cache"], &["cache", "capture"]);
     let mut partial = world.specforge(&["train", "R"]);
     Ran::of(partial.env("RANK", "0").env("WORLD_SIZE", "2")).refused(&[
         "torchrun",

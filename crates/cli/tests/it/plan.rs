@@ -35,6 +35,40 @@ fn a_recipe_is_planned_for_this_machine_and_for_more_cards() {
     assert_eq!([ranks(0), ranks(1), ranks(2)], [8.0, 64.0, 512.0]);
 }
 
+/// A target that is shared takes as much less memory on each rank; on ranks of its own it takes none of the others'.
+#[test]
+fn a_target_takes_memory_where_it_lies() {
+    let mut target = specforge_testkit::SmallTarget::shared(1);
+    // As plans see it: nobody reads the weights.
+    target.config["hidden_size"] = 4096.into();
+    target.config["head_dim"] = 128.into();
+    for key in ["num_attention_heads", "num_key_value_heads"] {
+        target.config[key] = 32.into();
+    }
+    target.config["intermediate_size"] = 14336.into();
+    let world = World::with_target(&target);
+    let plan = |more: &[&str]| {
+        let args = ["plan", "recipe.toml", "--json", "--card", "h100", "--gpus", "8"];
+        world.ok_json(&[&args[..], more].concat())
+    };
+    let of_target = |facts: &Value| at(facts, "/projection/memory/target");
+    let (whole, shared) = (plan(&[]), plan(&["--set", "parallel.target-tensor=8"]));
+    assert!(of_target(&shared) < 0.14 * of_target(&whole), "{} {}", of_target(&shared), of_target(&whole));
+    assert_eq!(whole["projection"]["target_memory_bytes"], Value::Null);
+    assert!(at(&shared, "/projection/traffic/target_bytes") > 0.0);
+    let apart = plan(&["--target-ranks", "4", "--target-tensor", "2"]);
+    assert!(of_target(&apart) < 0.01 * of_target(&whole));
+    let of_its_own = at(&apart, "/projection/target_memory_bytes");
+    assert!(of_its_own > 0.5 * of_target(&whole), "{of_its_own}");
+    assert_eq!(at(&apart, "/projection/layout/data"), 4.0);
+    // Where it does not fit, the nearest setting is to share it.
+    let gib = at(&whole, "/projection/memory_bytes") * 0.9 / f64::from(1 << 30);
+    let tight = ["plan", "recipe.toml", "--card", "h100", "--gpus", "8", "--memory", &gib.to_string()];
+    world.fails(&tight, &["the nearest setting that fits: --set parallel.target-tensor=2 ("]);
+    let refused = ["plan", "recipe.toml", "--card", "h100", "--gpus", "8", "--target-tensor", "3"];
+    world.fails(&refused, &["--target-tensor 3", "a divisor of 8"]);
+}
+
 #[test]
 fn tokens_may_be_assumed_and_a_store_takes_room() {
     let world = World::new();

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ParallelConfig {
     /// Ranks that the rows of a step are dealt to; absent: as many as were started by torchrun, SLURM or MPI, over
-    /// `tensor` and `sequence`; without one of these, 1.
+    /// `tensor` and `sequence`; without one of these, 1, or as many as `target-tensor` or `target-ranks` need.
     pub data: Option<usize>,
     /// What is spread over the ranks instead of being held by each.
     pub fsdp: Fsdp,
@@ -24,6 +24,12 @@ pub struct ParallelConfig {
     pub exchange: Exchange,
     /// Ranks that share the matrices of the draft: a divisor of its heads, `intermediate-size` and `draft-vocab-size`.
     pub tensor: usize,
+    /// Neighbouring ranks that share one copy of the target, however the draft lies over them; absent: all of
+    /// `target-ranks`, without these `tensor`.
+    pub target_tensor: Option<usize>,
+    /// Ranks behind all others that hold the target and compute features while the others train, in mode `online`; 0:
+    /// those that train hold it.
+    pub target_ranks: usize,
     /// Seconds that a rank waits for the others before it gives up; at least 1.
     pub timeout: u64,
     /// Folder of this run that all ranks see, in which rank 0 writes where it can be reached; absent: at `MASTER_ADDR`
@@ -77,9 +83,24 @@ impl Default for ParallelConfig {
             sequence: 1,
             exchange: Exchange::Ring,
             tensor: 1,
+            target_tensor: None,
+            target_ranks: 0,
             timeout: 600,
             rendezvous: None,
             ranks_in_process: false,
         }
+    }
+}
+
+impl ParallelConfig {
+    /// Ranks that share a batch of the draft's.
+    pub fn of_batch(&self) -> usize {
+        self.sequence * self.tensor
+    }
+
+    /// Ranks that share one copy of the target.
+    pub fn of_target(&self) -> usize {
+        let together = if self.target_ranks > 0 { self.target_ranks } else { self.tensor };
+        self.target_tensor.unwrap_or(together)
     }
 }

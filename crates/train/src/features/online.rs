@@ -25,6 +25,8 @@ pub struct Online {
     pub capture: Capture,
     /// What captured states are rounded to: bf16, as a store keeps them, or f32.
     pub dtype: DType,
+    /// The ranks that share the target with this one, by their place among those that rows are dealt to.
+    pub peers: Option<Range<usize>>,
 }
 
 impl Online {
@@ -33,6 +35,9 @@ impl Online {
     /// On the CPU each row goes alone, in parallel: its features do not depend on what it is batched with. A GPU gets
     /// all rows as one pack; which rows those are is part of the order of a run, so a resumed one sees the same bits.
     pub fn rows(&self, rows: &[usize]) -> Result<Vec<RowFeatures>> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
         if self.target.device() != Device::Cpu {
             return self.pack(rows);
         }
@@ -104,6 +109,14 @@ impl Online {
 impl FeatureSource for Online {
     fn fetch(&mut self, rows: &[usize]) -> Result<Batch> {
         assemble(rows, self.rows(rows)?)
+    }
+
+    fn meets(&self) -> Option<Range<usize>> {
+        self.peers.clone()
+    }
+
+    fn take_part(&mut self, rows: &[usize]) -> Result<()> {
+        self.rows(rows).map(|_| ())
     }
 }
 

@@ -26,10 +26,10 @@ pub(super) fn against_target(
 ) -> Result<()> {
     let reader = Reader::open(&plan.store.path)?;
     let rows: Vec<usize> = (0..data.len()).filter(|&row| reader.contains(row as u64)).take(most).collect();
-    let target = setup::target(plan)?;
+    let target = setup::target(plan, None)?;
     let width = target.info().hidden_size;
-    let online =
-        Online { target, data: data.clone(), capture: capture.clone(), dtype: setup::capture_dtype(plan) };
+    let (data, recorded, dtype) = (data.clone(), capture.clone(), setup::capture_dtype(plan));
+    let online = Online { target, data, capture: recorded, dtype, peers: None };
     let computed = online.rows(&rows)?;
     let names = capture.layers.iter().map(|layer| format!("layer {layer}")).chain(["last".to_owned()]);
     let mut sums = vec![(0.0, 0.0); capture.layers.len() + 1];

@@ -183,16 +183,34 @@ fn standing(case: &Case<'_>, ledger: &mut Ledger) {
     let vd = case.dims.draft_vocab_size as u64;
     let (ht, tensor) = (case.target.hidden_size as u64, layout.tensor);
     ledger.keep(Kind::Target, e * vd.div_ceil(tensor) * ht);
-    let [matrices, tables] = target_parameters(case.target, tensor);
-    ledger.keep(
-        Kind::Target,
-        match case.frozen {
-            // The embedding stays on the host.
-            Frozen::Rows if case.storage.on_host => e * case.target.vocab_size as u64 * ht,
-            Frozen::Rows => 0,
-            Frozen::Whole { matrix, table } => matrix * matrices + table * tables,
-        },
-    );
+    // The embedding stays on the host, unless the target's own serves the draft too.
+    let own_table = if case.storage.on_host { e * case.target.vocab_size as u64 * ht } else { 0 };
+    let is_whole = matches!(case.frozen, Frozen::Whole { .. });
+    let serves = is_whole && (layout.target == 1 || layout.target == tensor);
+    ledger.keep(Kind::Target, target(case) + if serves { 0 } else { own_table });
+}
+
+/// What of the target a rank has.
+fn target(case: &Case<'_>) -> u64 {
+    let [matrices, tables] = target_parameters(case.target, case.layout.target);
+    match case.frozen {
+        Frozen::Rows => 0,
+        Frozen::Whole { matrix, table } => matrix * matrices + table * tables,
+    }
+}
+
+/// What a rank holds at most that has the target and trains nothing: its part of it, features of one batch for each rank
+/// that it serves and of the one that it computes, and the draft that it decodes with.
+pub(super) fn target_peak(case: &Case<'_>, rows: &Rows) -> Held {
+    let mut ledger = Ledger::default();
+    let alone = Layout { tensor: 1, sequence: 1, ..case.layout };
+    let case = Case { layout: alone, ahead: case.layout.peers(), target_beside: true, ..*case };
+    ledger.keep(Kind::Target, target(&case));
+    ledger.keep(Kind::Weights, case.storage.element * parameters(case.dims, 1));
+    let head = case.dims.draft_vocab_size as u64 * case.target.hidden_size as u64;
+    ledger.keep(Kind::Target, case.storage.element * head);
+    features(&case, &Step::new(&case, rows), &mut ledger);
+    ledger.peak()
 }
 
 /// The batch, those fetched ahead, and the target's own pass where it runs beside the step.
@@ -205,9 +223,9 @@ fn features(case: &Case<'_>, s: &Step, ledger: &mut Ledger) {
     if !case.target_beside {
         return;
     }
-    let (info, tensor, e) = (case.target, case.layout.tensor, s.e);
-    let [h, i] = [info.hidden_size as u64, (info.intermediate_size as u64).div_ceil(tensor)];
-    let vocab = (info.vocab_size as u64).div_ceil(tensor);
+    let (info, ranks, e) = (case.target, case.layout.target, s.e);
+    let [h, i] = [info.hidden_size as u64, (info.intermediate_size as u64).div_ceil(ranks)];
+    let vocab = (info.vocab_size as u64).div_ceil(ranks);
     // Captured states before they are rounded; residual stream and norm; gate, up and their product; or logits.
     let mlp = (s.t * 2 * i * e).min(MLP_CHUNK) * 3 / 2;
     let logits = case.storage.chunk.min(s.t * vocab * 4);

@@ -7,7 +7,7 @@ use specforge_tensor::Device;
 
 use super::layout::{Layout, of_ranks};
 use super::ledger::{Held, total};
-use super::memory::{Case, peak};
+use super::memory::{Case, Frozen, peak, target_peak};
 use super::traffic::{self, Traffic};
 use super::{Subject, expect_shared};
 use crate::commands::bench::flops::{self, Rows, Sizes};
@@ -31,6 +31,8 @@ pub(super) struct Projection {
     /// Of each rank, by what it is for.
     pub(super) memory: Held,
     pub(super) memory_bytes: u64,
+    /// Of each rank that has the target and trains nothing, where there are such.
+    pub(super) target_memory_bytes: Option<u64>,
     /// Seconds of computing in a step.
     pub(super) compute_seconds: f64,
     pub(super) traffic: Traffic,
@@ -56,17 +58,20 @@ struct Setting {
 pub(super) fn own(subject: &Subject) -> Result<Projection> {
     let setting = Setting::of(subject);
     let (held, room) = (memory(subject, &setting), room(subject));
-    if total(&held) <= room {
+    let most = needs(subject, &setting);
+    if most <= room {
         return Ok(projection(subject, subject.layout, held));
     }
-    let (needs, has) = (bytes(total(&held)), bytes(room));
     let what = format!(
-        "this recipe needs {needs} on each rank ({}), and {} has room for {has}",
-        subject.layout, subject.card.name
+        "this recipe needs {} on each rank ({}), and {} has room for {}",
+        bytes(most),
+        subject.layout,
+        subject.card.name,
+        bytes(room)
     );
     match nearest(subject, room) {
-        Some((words, held)) => {
-            bail!("{what}; the nearest setting that fits: {words} ({})", bytes(total(&held)))
+        Some((words, needs)) => {
+            bail!("{what}; the nearest setting that fits: {words} ({})", bytes(needs))
         }
         None => {
             bail!("{what}, and no setting of the recipe fits there; take a smaller target or larger cards")
@@ -81,13 +86,21 @@ pub(super) fn larger(subject: &Subject) -> Vec<Projection> {
     }
     let fitting = |ranks: u64| {
         let most = subject.links.per_node.min(subject.dims.num_attention_heads as u64);
-        let possible = |layout: &Layout| expect_shared(&subject.plan, &subject.info, *layout).is_ok();
-        of_ranks(ranks, most).into_iter().filter(possible).find_map(|layout| {
+        layouts(subject, ranks, most).find_map(|layout| {
             let held = memory(subject, &Setting { layout, ..Setting::of(subject) });
             (total(&held) <= room(subject)).then(|| projection(subject, layout, held))
         })
     };
     LARGER.into_iter().filter_map(fitting).collect()
+}
+
+/// Layouts of so many ranks over which target and draft can lie.
+fn layouts(subject: &Subject, ranks: u64, most: u64) -> impl Iterator<Item = Layout> {
+    let can = |layout: &Layout| {
+        let target = subject.info.shared_by(layout.target as usize);
+        target.is_ok() && expect_shared(&subject.plan, &subject.info, *layout).is_ok()
+    };
+    of_ranks(ranks, most).into_iter().filter(can)
 }
 
 impl Setting {
@@ -111,7 +124,10 @@ impl Setting {
         if self.mode != own.mode {
             words.push("--set mode=offline (after specforge capture)".to_owned());
         }
-        if self.layout != own.layout {
+        let with_own_target = Layout { target: own.layout.target, ..self.layout };
+        if self.layout != own.layout && with_own_target == own.layout {
+            words.push(format!("--set parallel.target-tensor={}", self.layout.target));
+        } else if self.layout != own.layout {
             words.push(format!("{} cards: {}", self.layout.ranks(), self.layout));
         }
         words.join(" ")
@@ -125,7 +141,7 @@ fn room(subject: &Subject) -> u64 {
 }
 
 /// Settings in the order of what they change: what is shared, portions, the target's type, the mode, more cards.
-fn nearest(subject: &Subject, room: u64) -> Option<(String, Held)> {
+fn nearest(subject: &Subject, room: u64) -> Option<(String, u64)> {
     let own = Setting::of(subject);
     let longest = subject.plan.data.max_length;
     let portions = (1..8).map(|p| 1 << p);
@@ -134,6 +150,7 @@ fn nearest(subject: &Subject, room: u64) -> Option<(String, Held)> {
     if own.layout.data > 1 && own.layout.zero != 1 {
         all.push(Setting { layout: Layout { zero: 1, ..own.layout }, ..own });
     }
+    all.extend(sharing(subject).map(|layout| Setting { layout, ..own }));
     all.extend(portions.map(|divisor| Setting { divisor, ..own }));
     let smallest = all.iter().map(|s| s.divisor).max().unwrap_or(1);
     let fp8 = own.mode == Mode::Online && subject.device != Device::Cpu && own.dtype != TargetDType::Fp8;
@@ -143,39 +160,76 @@ fn nearest(subject: &Subject, room: u64) -> Option<(String, Held)> {
     }
     all.extend([Setting { mode, ..own }, Setting { mode, divisor: smallest, ..own }]);
     if subject.device != Device::Cpu {
-        let more =
-            [2, 4, 8].into_iter().flat_map(|n| of_ranks(own.layout.ranks() * n, subject.links.per_node));
-        let possible = |layout: &Layout| expect_shared(&subject.plan, &subject.info, *layout).is_ok();
-        all.extend(more.filter(possible).map(|layout| Setting { layout, divisor: smallest, ..own }));
+        let more = [1, 2, 4, 8].into_iter();
+        let more = more.flat_map(|n| layouts(subject, own.layout.ranks() * n, subject.links.per_node));
+        all.extend(more.map(|layout| Setting { layout, divisor: smallest, ..own }));
     }
-    all.into_iter().find_map(|setting| {
-        let held = memory(subject, &setting);
-        (total(&held) <= room).then(|| (setting.words(subject), held))
-    })
+    let mut sized = all.into_iter().map(|setting| (setting.words(subject), needs(subject, &setting)));
+    sized.find(|(_, needs)| *needs <= room)
 }
 
-/// What each rank holds at most.
+/// The recipe's layout with its target over more of the same ranks.
+fn sharing(subject: &Subject) -> impl Iterator<Item = Layout> {
+    let (own, online) = (subject.layout, subject.plan.mode != Mode::Offline);
+    let copied = if own.apart > 0 { own.apart } else { own.ranks() };
+    let doubled = (1..).map(move |p| own.target << p);
+    let fits = move |target: &u64| {
+        copied.is_multiple_of(*target) && subject.info.shared_by(*target as usize).is_ok()
+    };
+    let targets = doubled.take_while(move |target| online && *target <= copied).filter(fits);
+    targets.map(move |target| Layout { target, ..own })
+}
+
+/// What the rank needs that needs most.
+fn needs(subject: &Subject, setting: &Setting) -> u64 {
+    total(&memory(subject, setting)).max(target_memory(subject, setting).unwrap_or(0))
+}
+
+/// What each rank holds at most that has the target and trains nothing.
+fn target_memory(subject: &Subject, setting: &Setting) -> Option<u64> {
+    let case = case(subject, setting);
+    let frozen = subject.frozen(setting.mode, setting.dtype);
+    let is_apart = case.layout.apart > 0 && setting.mode == Mode::Online;
+    is_apart.then(|| total(&target_peak(&Case { frozen, ..case }, &largest(subject, setting))))
+}
+
+/// What each rank holds at most that trains.
 fn memory(subject: &Subject, setting: &Setting) -> Held {
+    peak(&case(subject, setting), &largest(subject, setting))
+}
+
+/// The largest micro-batch.
+fn largest(subject: &Subject, setting: &Setting) -> Rows {
     let mut rows = subject.largest();
-    let online = setting.mode != Mode::Offline;
     if setting.divisor > 1 {
         // Portions hold whole rows, the longest at least.
         let longest = subject.plan.data.max_length.min(rows.tokens);
         let tokens = (rows.tokens / setting.divisor).max(longest);
         rows.shrink(tokens as f64 / rows.tokens.max(1) as f64);
     }
-    let case = Case {
+    rows
+}
+
+/// What the memory of a rank that trains depends on.
+fn case<'a>(subject: &'a Subject, setting: &Setting) -> Case<'a> {
+    let (online, layout) = (setting.mode != Mode::Offline, setting.layout);
+    let is_here = online && layout.apart == 0;
+    Case {
         dims: &subject.dims,
         target: &subject.info,
         steps: subject.config.ttt_steps as u64,
         storage: subject.storage(),
-        frozen: subject.frozen(setting.mode, setting.dtype),
-        // One batch waits for the step, one for its place.
-        ahead: 2,
-        target_beside: online,
-        layout: setting.layout,
-    };
-    peak(&case, &rows)
+        frozen: if is_here { subject.frozen(setting.mode, setting.dtype) } else { Frozen::Rows },
+        // One batch waits for the step, one for its place. Ranks that meet in a fetch have one of another rank's beside
+        // their own, or none.
+        ahead: match (is_here, layout.target) {
+            (false, _) if online => 0,
+            (true, 2..) => 1,
+            _ => 2,
+        },
+        target_beside: is_here,
+        layout,
+    }
 }
 
 fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
@@ -187,16 +241,13 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
     let element = subject.storage().element;
     let online = plan.mode != Mode::Offline;
     // The same micro-batches on every rank; a step has as many more as there are data-parallel ranks.
-    let seconds_of_epoch = card.seconds(draft_work(subject, &epoch))
-        + card.moving(dims, config.ttt_steps, &epoch, element)
-        + if online {
-            card.seconds(target_work(subject, &epoch)) * fp8_factor(plan.target.dtype)
-        } else {
-            0.0
-        };
-    let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * accumulation as f64 };
-    let shared = seconds_of_epoch / steps_of_epoch / (layout.tensor * layout.sequence) as f64;
-    let compute_seconds = shared.max(launches) + card.optimizer(dims, layout.tensor, layout.shards());
+    let draft =
+        card.seconds(draft_work(subject, &epoch)) + card.moving(dims, config.ttt_steps, &epoch, element);
+    let draft = draft / steps_of_epoch / layout.of_batch() as f64;
+    let target = card.seconds(target_work(subject, &epoch)) * fp8_factor(plan.target.dtype);
+    // The rows of every rank that a copy serves, over the ranks that share it.
+    let target = if online { target * layout.peers() as f64 / layout.target as f64 } else { 0.0 };
+    let target = target / steps_of_epoch;
     let mut of_step = epoch.clone();
     of_step.shrink(1.0 / steps_of_epoch);
     let sizes = traffic::Sizes {
@@ -207,6 +258,15 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
         micro_batches: accumulation as f64,
         element: element as f64,
     };
+    let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * accumulation as f64 };
+    let optimizer = card.optimizer(dims, layout.tensor, layout.shards());
+    let compute_seconds = if layout.apart > 0 {
+        // Both at once.
+        let of_target = target + traffic::of_target(&sizes, layout, &subject.links);
+        of_target.max(draft.max(launches) + optimizer)
+    } else {
+        (draft + target).max(launches) + optimizer
+    };
     let traffic = traffic::of(&sizes, layout, &subject.links);
     let sends = if layout.zero < 2 { (1, accumulation) } else { (accumulation, accumulation) };
     let step = compute_seconds + traffic.data_seconds + traffic.waited_seconds;
@@ -214,6 +274,7 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
     Projection {
         layout,
         memory_bytes: total(&memory),
+        target_memory_bytes: target_memory(subject, &Setting { layout, ..Setting::of(subject) }),
         memory,
         compute_seconds,
         traffic,

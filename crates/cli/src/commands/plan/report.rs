@@ -89,6 +89,8 @@ fn rows(subject: &Subject, own: &Projection, disk: &Disk) -> Vec<(&'static str, 
         ("memory", format!("{} on each rank at most", bytes(own.memory_bytes))),
     ];
     rows.extend(own.memory.iter().map(|(kind, n)| (name(*kind), bytes(*n))));
+    let of_target = own.target_memory_bytes.iter();
+    rows.extend(of_target.map(|n| ("target", format!("{} on each of its ranks at most", bytes(*n)))));
     rows.push(("disk", format!("{} of checkpoints{}", bytes(disk.checkpoints), store_text(disk))));
     rows.push(("step", format!("{:.1} ms of computing", 1e3 * own.compute_seconds)));
     if own.layout.ranks() > 1 {
@@ -117,9 +119,9 @@ fn store_text(disk: &Disk) -> String {
 
 fn traffic_text(p: &Projection) -> String {
     let t = &p.traffic;
-    let sent = bytes((t.data_bytes + t.tensor_bytes + t.sequence_bytes) as u64);
+    let sent = bytes((t.data_bytes + t.tensor_bytes + t.sequence_bytes + t.target_bytes) as u64);
     format!(
-        "{sent} from each rank a step: gradients and weights {:.1} ms, {:.1} of them beside computing; rows and heads {:.1} ms, waited for",
+        "{sent} from each rank a step: gradients and weights {:.1} ms, {:.1} of them beside computing; rows, heads and features {:.1} ms, waited for",
         1e3 * t.data_seconds,
         1e3 * p.hidden_seconds,
         1e3 * t.waited_seconds

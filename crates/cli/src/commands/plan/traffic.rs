@@ -4,7 +4,8 @@
 //! and all-gather half of it. Ranks of a sequence all-reduce gradients, then those of other batches do, or (ZeRO,
 //! Rajbhandari et al., 2020) reduce-scatter gradients and gather weights once a step; from level 2 on gradients are sent
 //! after every micro-batch. Tensor parallel (Shoeybi et al., 2019): two all-reduces
-//! of the rows forward and two backward, for every layer, and the gradients of what no rank shares. Ulysses (Jacobs et al., 2023): all-to-alls of queries, keys,
+//! of the rows forward and two backward, for every layer, and the gradients of what no rank shares; the frozen target has no backward.
+//! Ulysses (Jacobs et al., 2023): all-to-alls of queries, keys,
 //! values and outputs, forward and backward, of which (n - 1)/n leaves a rank.
 
 use serde::Serialize;
@@ -41,6 +42,8 @@ pub(super) struct Traffic {
     pub(super) tensor_bytes: f64,
     /// Heads, between sequence-parallel ranks.
     pub(super) sequence_bytes: f64,
+    /// Rows of the target, between ranks that share it; or features, from ranks of its own.
+    pub(super) target_bytes: f64,
     /// Seconds of the first, most of which go on beside computing.
     pub(super) data_seconds: f64,
     /// Seconds of the others, for which the step waits.
@@ -63,9 +66,12 @@ pub(super) struct Sizes<'a> {
 pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
     let [data, tensor, sequence] =
         [data_bytes(s, layout), tensor_bytes(s, layout), sequence_bytes(s, layout)];
+    let target = s.target.map_or(0.0, |target| target_bytes(s, target, layout));
     // Ranks of a batch lie side by side: they leave the machine only if they are more than it has cards.
     let speed = |ranks: u64| if ranks <= links.per_node { links.link } else { links.network };
-    let inner = layout.tensor * layout.sequence;
+    let inner = layout.of_batch();
+    // Ranks of the target's own are as far away as any.
+    let reach = if layout.apart > 0 { layout.ranks() } else { layout.target };
     Traffic {
         data_bytes: data,
         gradient_bytes: gradient_bytes(s, layout, parameters(s.dims, layout.tensor) as f64),
@@ -73,8 +79,9 @@ pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
         head_bytes: gradient_bytes(s, layout, elements(s.dims, "lm_head.weight") / layout.tensor as f64),
         tensor_bytes: tensor,
         sequence_bytes: sequence,
+        target_bytes: target,
         data_seconds: data / speed(layout.ranks()),
-        waited_seconds: tensor / speed(layout.tensor) + sequence / speed(inner),
+        waited_seconds: tensor / speed(layout.tensor) + sequence / speed(inner) + target / speed(reach),
     }
 }
 
@@ -110,12 +117,30 @@ fn tensor_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
     let per_rank = |n: usize| n as f64 / layout.sequence as f64;
     // Two of every step forward, two backward; the gradient of the rows before the head.
     let draft = (4 * s.steps) as f64 * per_rank(s.rows.live) + per_rank(s.rows.loss);
-    let target =
-        s.target.map_or(0.0, |t| 2.0 * t.n_layers as f64 * per_rank(s.rows.tokens) * t.hidden_size as f64);
     // Gradients of what all have whole come from one of them, once a step.
     let [_, whole] = pieces_and_whole(s.dims, layout.tensor);
     let agreed = share(layout.tensor) * 4.0 * whole as f64 / layout.shards() as f64;
-    all_reduce * s.element * (draft * h + target) + agreed
+    all_reduce * s.element * draft * h + agreed
+}
+
+/// Where ranks share the target, two all-reduces in every layer, over the rows of each of them in turn. Where it has ranks
+/// of its own, the captured states and the last one of a rank's rows.
+fn target_bytes(s: &Sizes<'_>, target: &TargetInfo, layout: Layout) -> f64 {
+    let rows = s.element * s.rows.tokens as f64 * target.hidden_size as f64;
+    if layout.apart > 0 { 4.0 * rows } else { shared_bytes(target, rows, layout) }
+}
+
+fn shared_bytes(target: &TargetInfo, rows: f64, layout: Layout) -> f64 {
+    2.0 * share(layout.target) * 2.0 * target.n_layers as f64 * rows * layout.peers() as f64
+}
+
+/// Seconds in which the ranks of a target's own do nothing but send: sums in every layer, and features.
+pub(super) fn of_target(s: &Sizes<'_>, layout: Layout, links: &Links) -> f64 {
+    let Some(target) = s.target else { return 0.0 };
+    let rows = s.element * s.rows.tokens as f64 * target.hidden_size as f64;
+    let speed = |ranks: u64| if ranks <= links.per_node { links.link } else { links.network };
+    let features = target_bytes(s, target, layout) * layout.peers() as f64;
+    shared_bytes(target, rows, layout) / speed(layout.target) + features / speed(layout.ranks())
 }
 
 fn sequence_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
@@ -156,5 +181,15 @@ mod tests {
         let agreed = 2.0 * (4096.0 * 3.0 * 4096.0 + 4.0 * 4096.0);
         assert_eq!(tensor.tensor_bytes, 2.0 * 4096.0 * (28.0 * 2047.0 + 14_308.0) + agreed);
         assert_eq!(at(Layout::ALONE).waited_seconds, 0.0);
+        // The target of eight ranks runs over the rows of all eight.
+        let online = Sizes { target: Some(&info), ..s };
+        let shared = of(&online, Layout { data: 8, target: 8, ..Layout::ALONE }, &links);
+        assert_eq!(shared.target_bytes, 2.0 * 7.0 / 8.0 * 2.0 * 32.0 * 2.0 * 2048.0 * 4096.0 * 8.0);
+        assert_eq!(shared.waited_seconds, shared.target_bytes / 100e9);
+        let apart = of(&online, Layout { data: 4, target: 4, apart: 4, ..Layout::ALONE }, &links);
+        assert_eq!(apart.target_bytes, 4.0 * 2.0 * 2048.0 * 4096.0);
+        let of_target = of_target(&online, Layout { data: 4, target: 4, apart: 4, ..Layout::ALONE }, &links);
+        let [sums, features] = [2.0 * 0.75 * 2.0 * 32.0 * 4.0, 4.0 * 4.0].map(|n| n * 2.0 * 2048.0 * 4096.0);
+        assert!((of_target / ((sums + features) / 100e9) - 1.0).abs() < 1e-12, "{of_target}");
     }
 }

@@ -156,7 +156,12 @@ impl InProcess {
     pub(super) fn open(plan: &RunPlan) -> Result<Self> {
         let tokenizer = Tokenizer::open(&plan.target.path)?;
         let template = ChatTemplate::open(&plan.target.path, tokenizer.special(), &plan.data.template)?;
-        Ok(Self { name: hub::name(&plan.target.path), target: setup::target(plan)?, tokenizer, template })
+        Ok(Self {
+            name: hub::name(&plan.target.path),
+            target: setup::target(plan, None)?,
+            tokenizer,
+            template,
+        })
     }
 
     /// A GPU is busy with one; a core of a CPU with one each.
