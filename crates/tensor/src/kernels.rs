@@ -30,7 +30,7 @@ pub struct AttentionShape {
 }
 
 /// Which base keys each query row sees: the key rows `lo[r]..hi[r]`. Documents, causality and sliding windows
-/// are all expressed by these bounds; both are non-decreasing within a document.
+/// are all expressed by these bounds. For a backward both never decrease.
 #[derive(Debug, Clone)]
 pub struct Spans {
     /// First key row per query, `u32 [R]`.

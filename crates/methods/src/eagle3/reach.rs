@@ -70,13 +70,18 @@ impl<'m> Reach<'m> {
         device: Device,
     ) -> How<'m> {
         let (n, most) = (plan.live.len(), slice.sights.iter().map(Vec::len).max().unwrap_or(0));
-        // Token p is key p of all: only the last rank's keys are filled up. Rows that fill up see nothing.
-        let all = slice.sights.iter().flat_map(|sight| {
-            let fill = std::iter::repeat_n((0, 0), most - sight.len());
-            sight.iter().map(|keys| (keys.start, keys.end)).chain(fill)
-        });
+        // Token p is key p of all: only the last rank's keys are filled up. Rows that fill up have no gradient; they see
+        // what the last one saw, because bounds must never decrease.
+        let mut last = (0, 0);
+        let rows = slice.sights.iter().flat_map(|sight| (0..most).map(|r| sight.get(r)));
+        let all: Vec<(u32, u32)> = rows
+            .map(|keys| {
+                last = keys.filter(|keys| !keys.is_empty()).map_or(last, |keys| (keys.start, keys.end));
+                last
+            })
+            .collect();
         let own = Tensor::from_u32(device, (0..n as u32).collect());
-        How::Heads { ranks, spans: spans(device, all), fill: filled(device, n, most), own, base }
+        How::Heads { ranks, spans: spans(device, all.into_iter()), fill: filled(device, n, most), own, base }
     }
 
     /// Keys, then values of all rows of this rank, as attention takes them.
@@ -144,9 +149,9 @@ impl<'m> Reach<'m> {
     }
 }
 
-/// The keys `keys` as far as they are among the `each` of one rank, counted from its first.
+/// The keys `keys` as far as they are among the `each` of one rank, counted from its first; those of rows in order never
+/// decrease, also where they are none.
 fn within(keys: &Range<u32>, rank: usize, each: usize) -> (u32, u32) {
     let (first, end) = ((rank * each) as u32, ((rank + 1) * each) as u32);
-    let (lo, hi) = (keys.start.clamp(first, end) - first, keys.end.clamp(first, end) - first);
-    if lo < hi { (lo, hi) } else { (0, 0) }
+    (keys.start.clamp(first, end) - first, keys.end.clamp(first, end) - first)
 }

@@ -115,8 +115,11 @@ impl Tape<'_> {
     /// `softmax(scale · q kᵀ) v` over each query's base keys and extras, one softmax for all of them. A query that
     /// sees no key gives zeros. Nothing of size queries x keys is kept.
     pub fn attention(&self, a: &Attention<'_>) -> Result<Var> {
-        let (out, lse) = forward(a, None, None)?;
         let (query, base, needed) = (&a.query, a.base, self.is_needed(a));
+        if needed {
+            expect_ordered(a.spans)?;
+        }
+        let (out, lse) = forward(a, None, None)?;
         Ok(self.record(out.clone(), needed, || {
             Box::new(Saved {
                 shape: a.shape,
@@ -158,6 +161,19 @@ impl Tape<'_> {
         self.any_needed(&[&a.query.of, &a.base.key.of, &a.base.value.of])
             || a.extras.iter().any(|(kv, _)| self.any_needed(&[&kv.key.of, &kv.value.of]))
     }
+}
+
+/// A backward finds the queries of a key by the order of their bounds.
+pub(super) fn expect_ordered(spans: &Spans) -> Result<()> {
+    for (what, bounds) in [("span starts", &spans.lo), ("span ends", &spans.hi)] {
+        let bounds = bounds.u32s().unwrap_or_default();
+        if let Some(at) = bounds.windows(2).position(|pair| pair[0] > pair[1]) {
+            let expected = format!("bounds that never decrease, got these from row {at} on");
+            let got = [bounds[at] as usize, bounds[at + 1] as usize];
+            return Err(Error::shape("attention", what, expected, &got));
+        }
+    }
+    Ok(())
 }
 
 /// Output and log-sum-exp, once the shapes are checked.

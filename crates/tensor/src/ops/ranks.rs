@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::attention::{Saved, forward_parts};
+use super::attention::{Saved, expect_ordered, forward_parts};
 use super::{KeyValue, Part, expect_shape};
 use crate::kernels::{AttentionInputs, AttentionShape, Columns, Spans};
 use crate::tape::{Backward, Sink, Slot};
@@ -67,9 +67,12 @@ impl Tape<'_> {
             let (op, what) = ("attention_ring", "spans");
             return Err(Error::shape(op, what, format!("{} ranks", a.ranks.size()), &[a.spans.len()]));
         }
-        let (out, lse) = forward(a)?;
         let is_needed = self.any_needed(&[&a.query.of, a.base])
             || a.extras.iter().any(|(kv, _)| self.any_needed(&[&kv.key.of, &kv.value.of]));
+        if is_needed {
+            a.spans.iter().try_for_each(expect_ordered)?;
+        }
+        let (out, lse) = forward(a)?;
         Ok(self.record(out.clone(), is_needed, || {
             let base = KeyValue::packed(a.base, 0, a.shape);
             let saved = Saved {

@@ -191,6 +191,18 @@ fn wrong_attentions_are_named() {
     check(extra([3, 6], [3, 6], None), "extra key has shape [3, 6], expected [2, ..]");
     check(extra([3, 6], [3, 6], Some(rows([0]))), "extra index has shape [1], expected [2]");
     check(extra([3, 6], [3, 6], Some(rows([0, 3]))), "index 3 is outside the 3 rows of the extra keys");
+    // A backward finds queries by the order of their spans; without one any order will do.
+    assert_eq!(attend(Call { lo: rows([1, 0]), ..right() }), Ok(vec![2, 12]));
+    let params = Params::new();
+    let tape = Tape::recording(&params);
+    let (q, kv) = (tape.leaf(zeros(&[3, 12])), tape.input(zeros(&[5, 6])));
+    let spans = Spans { lo: rows([0, 0, 0]), hi: rows([1, 5, 4]) };
+    let base = KeyValue::new(&kv, &kv);
+    let attention =
+        Attention { shape: heads(4, 2, 3), query: Part::new(&q, 0), base: &base, spans: &spans, extras: &[] };
+    let message =
+        "attention: span ends has shape [5, 4], expected bounds that never decrease, got these from row 1 on";
+    assert_eq!(tape.attention(&attention).unwrap_err().to_string(), message);
 }
 
 #[test]
