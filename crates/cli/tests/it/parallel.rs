@@ -408,6 +408,14 @@ fn parallel_gpus_of_this_machine_train_what_one_trains() {
         }
         assert_eq!(tokens(&world, fsdp), tokens(&world, "alone"));
     }
+    // Ranks of a sequence: gradients too, of rows that see nothing of another rank's keys.
+    run("sequence", &["--set", "parallel.data=1", "--set", "parallel.sequence=2"]);
+    for (got, want) in steps(&world, "sequence").iter().zip(&steps(&world, "alone")) {
+        for key in ["loss", "grad_norm"] {
+            let [got, want] = [got, want].map(|step| f64_of(&step[key]));
+            assert!((got / want - 1.0).abs() < 2e-2, "sequence: {key} {got}, alone {want}");
+        }
+    }
     // Killed, one rank ends the other; the run goes on to the same bits.
     let args = [&["train", "R", "--set", "name=killed", "--set", "parallel.data=2"], &gpu[..]].concat();
     let mut running = Running::of(world.specforge(&args));

@@ -105,10 +105,7 @@ fn spans(rank: usize, size: usize) -> Vec<Spans> {
         (clamp(first), clamp(row + 1))
     };
     let of = |owner: usize| {
-        let (lo, hi) = (0..ROWS)
-            .map(|r| sees(rank * ROWS + r, owner))
-            .map(|(a, b)| if a < b { (a, b) } else { (0, 0) })
-            .unzip();
+        let (lo, hi) = (0..ROWS).map(|r| sees(rank * ROWS + r, owner)).unzip();
         Spans { lo: Tensor::from_u32(Device::Cpu, lo), hi: Tensor::from_u32(Device::Cpu, hi) }
     };
     (0..size).map(of).collect()
