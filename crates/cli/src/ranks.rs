@@ -5,7 +5,7 @@ mod layout;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use specforge_config::{DeviceChoice, ParallelConfig, RunPlan};
 use specforge_cuda::Gpu;
 use specforge_models::TargetInfo;
@@ -161,26 +161,28 @@ fn end(ending: Ending) -> Result<()> {
     }
 }
 
-/// Every rank a thread. The error that came first is the one to tell; the others only say that somebody is gone.
+/// Every rank a thread. The error to tell is the first that is not of a rank which only missed another one.
 fn in_threads(
     plan: RunPlan,
     ranks: usize,
     command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
     let plan = setup::on_this_machine(plan)?;
-    let first_error = Mutex::new(None);
+    let errors = Mutex::new(Vec::new());
     let endings = threads::run(ranks, patience(&plan.parallel), |world| {
         quiet(world.rank() > 0);
         let number = world.rank();
         let rank = Rank { world: (ranks > 1).then_some(world), device: Device::Cpu };
         command(plan.clone(), &rank).map_err(|error| {
-            let mut first = first_error.lock().unwrap_or_else(PoisonError::into_inner);
             let error = if number == 0 { error } else { error.context(format!("rank {number} of {ranks}")) };
-            first.get_or_insert(error);
+            errors.lock().unwrap_or_else(PoisonError::into_inner).push(error);
         })
     });
-    if let Some(error) = first_error.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        return Err(error);
+    let mut errors = errors.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if !errors.is_empty() {
+        let missed = |error: &Error| format!("{error:#}").contains(threads::ENDED);
+        let cause = errors.iter().position(|error| !missed(error)).unwrap_or(0);
+        return Err(errors.swap_remove(cause));
     }
     endings.into_iter().next().and_then(Result::ok).map_or(Ok(()), end)
 }

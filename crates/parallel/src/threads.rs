@@ -11,6 +11,9 @@ use specforge_tensor::{Combine, Device, Error, Group, Result, Tensor, pieces};
 use crate::host::{combine, join, piece};
 use board::Board;
 
+/// In the error of a rank that waited for another: the cause is the other one's.
+pub const ENDED: &str = "has ended";
+
 /// One rank of a group of threads.
 #[derive(Debug)]
 struct Thread {

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use specforge_tensor::Tensor;
 
+use super::ENDED;
+
 /// The meeting place of one group.
 #[derive(Debug)]
 pub(super) struct Board {
@@ -108,7 +110,7 @@ impl Board {
                 return Ok(state);
             }
             if let Some(rank) = (0..self.size).find(|&r| state.gone[r] && is_needed(&state, r)) {
-                let why = format!("rank {rank} has ended; {}", late(&state));
+                let why = format!("rank {rank} {ENDED}; {}", late(&state));
                 return Err(self.fail(&mut state, why));
             }
             let left = until.saturating_duration_since(Instant::now());
