@@ -190,10 +190,16 @@ impl Checkpoints {
         let name = name(state.position.step);
         let (folder, unfinished) = (self.folder.join(&name), self.folder.join(format!("{name}.tmp")));
         if !folder.exists() {
-            snapshot.write(&unfinished).inspect_err(|_| {
-                // The first error is the one to report; a full disk should not stay full of this.
-                let _ = fs_err::remove_dir_all(&unfinished);
-            })?;
+            match snapshot.write(&unfinished) {
+                // The first rank took the folder as soon as this one's file was there, before it could look back at it.
+                Err(_) if !snapshot.is_first && folder.exists() => {}
+                Err(error) => {
+                    // The first error is the one to report; a full disk should not stay full of this.
+                    let _ = fs_err::remove_dir_all(&unfinished);
+                    return Err(error);
+                }
+                Ok(()) => {}
+            }
             if snapshot.is_first {
                 fs_err::rename(&unfinished, &folder)?;
                 sync_folder(&self.folder)?;
