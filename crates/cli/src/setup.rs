@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use specforge_config::{CaptureDType, DeviceChoice, Recipe, RunPlan, TargetDType};
 use specforge_data::{ChatTemplate, Prepared, TokenCounts, Tokenizer, Unseen, read_prompts};
-use specforge_methods::{DraftMethod, Frozen, Ranks, VocabMap};
+use specforge_methods::{DraftMethod, Exchange, Frozen, Ranks, VocabMap};
 use specforge_models::{Capture, Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::{CaptureSpec, Identity, Spec, TargetIdentity};
@@ -160,6 +160,14 @@ pub(crate) fn frozen(plan: &RunPlan, info: &TargetInfo) -> Result<Frozen> {
     // A batch reads a few rows of the embedding: it stays on the host.
     let [embedding, head] = specforge_models::tables(&plan.target.path, info, device.storage())?;
     Ok(Frozen { head: head.to_device(device)?, embedding })
+}
+
+/// How attention reaches the rows of other ranks.
+pub(crate) fn exchange(plan: &RunPlan) -> Exchange {
+    match plan.parallel.exchange {
+        specforge_config::Exchange::Ring => Exchange::Ring,
+        specforge_config::Exchange::Heads => Exchange::Heads,
+    }
 }
 
 /// The parts of a target in memory that a draft reads: its own, unless it lies over other ranks than the draft does.

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use serde::Serialize;
 use specforge_methods::{Exchange, Sequence};
 use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
 use specforge_parallel::{Level, Mesh, MeshShape, Shards, leaving, sum};
@@ -67,7 +68,7 @@ pub struct Optimizer {
 }
 
 /// What left this rank for others so far, in bytes, where collectives are rings.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Sent {
     /// Gradients.
     pub gradients: u64,
@@ -75,6 +76,16 @@ pub struct Sent {
     pub overlapped: u64,
     /// Updated weights, which leave before the next step's forward and are waited for where it reads them.
     pub weights: u64,
+}
+
+impl Sent {
+    /// Of one of so many steps.
+    #[must_use]
+    pub fn per_step(self, steps: u64) -> Self {
+        let [gradients, overlapped, weights] =
+            [self.gradients, self.overlapped, self.weights].map(|bytes| bytes / steps.max(1));
+        Self { gradients, overlapped, weights }
+    }
 }
 
 /// This rank's part of every trained parameter.

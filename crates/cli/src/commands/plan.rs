@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValuesParser;
 use specforge_config::{CaptureDType, Fsdp, Mode, ParallelConfig, RunPlan, TargetDType};
 use specforge_methods::eagle3::{self, Dims};
-use specforge_methods::{Counts, Exchange, MethodConfig};
+use specforge_methods::{Counts, MethodConfig};
 use specforge_models::TargetInfo;
 use specforge_tensor::Device;
 
@@ -23,7 +23,7 @@ use self::memory::{Frozen, Storage};
 use self::traffic::Links;
 use self::work::Work;
 use crate::commands::bench::flops::Rows;
-use crate::setup::RecipeArgs;
+use crate::setup::{self, RecipeArgs};
 use crate::{gpu, machine};
 
 /// Say what a recipe costs before it runs: memory of each rank, disk, time, and what ranks send each other.
@@ -217,10 +217,7 @@ fn layout(args: &Args, plan: &RunPlan, info: &TargetInfo) -> Result<Layout> {
 
 /// Fails where a training would: the draft cannot be shared like this.
 fn expect_shared(plan: &RunPlan, info: &TargetInfo, layout: Layout) -> Result<()> {
-    let exchange = match plan.parallel.exchange {
-        specforge_config::Exchange::Ring => Exchange::Ring,
-        specforge_config::Exchange::Heads => Exchange::Heads,
-    };
+    let exchange = setup::exchange(plan);
     let (tensor, sequence) = (layout.tensor as usize, layout.sequence as usize);
     Ok(plan.method.check_shared(info, Counts { tensor, sequence, exchange })?)
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::json;
-use specforge_config::{Exchange, Length, Mode, OnOom, RunPlan};
+use specforge_config::{Length, Mode, OnOom, RunPlan};
 use specforge_data::Prepared;
 use specforge_methods::{Counts, DraftMethod, Sequence};
 use specforge_models::{Target, TargetInfo};
@@ -20,7 +20,7 @@ use specforge_store::Reader;
 use specforge_tensor::{Device, Param, Params};
 use specforge_train::{
     Cache, Checkpoint, Checkpoints, FeatureSource, Offline, Online, Optimizer, Order, Outcome, Ranks,
-    Received, Settings, State, Trainer, Writers,
+    Received, Sent, Settings, State, Trainer, Writers,
 };
 
 use decoder::{Decoder, Far};
@@ -88,27 +88,6 @@ struct Summary {
     seconds: f64,
 }
 
-/// Bytes of a step.
-#[derive(Debug, Serialize)]
-struct Sent {
-    gradients: u64,
-    /// Of the gradients: left while the backward had more to compute.
-    overlapped: u64,
-    weights: u64,
-}
-
-impl Sent {
-    fn of(optimizer: &Optimizer, steps: u64) -> Option<Self> {
-        let sent = optimizer.sent();
-        let of_step = |bytes: u64| bytes / steps.max(1);
-        optimizer.ranks().map(|_| Self {
-            gradients: of_step(sent.gradients),
-            overlapped: of_step(sent.overlapped),
-            weights: of_step(sent.weights),
-        })
-    }
-}
-
 pub(crate) fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
     ranks::run(args.recipe.read()?, |plan, rank| on_rank(args, &plan, rank, started))
@@ -160,6 +139,8 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
         return Ok(Ending::Done);
     }
     let export_dir = export::write(plan, &info, method.as_ref(), &whole, &export::Options::of(plan, false))?;
+    let steps = trainer.state.position.step - steps_before;
+    let sent = trainer.optimizer.ranks().map(|_| trainer.optimizer.sent().per_step(steps));
     let summary = Summary {
         name: plan.name.clone(),
         method: plan.method.name(),
@@ -177,7 +158,7 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
         decode_tokens_per_second: report.as_ref().and_then(|r| r.tokens_per_second),
         plain_tokens_per_second: report.as_ref().and_then(|r| r.plain_tokens_per_second),
         best_step: best,
-        sent: Sent::of(&trainer.optimizer, trainer.state.position.step - steps_before),
+        sent,
         export_dir,
         seconds: started.elapsed().as_secs_f64(),
     };
@@ -393,16 +374,9 @@ impl Parts {
 
 /// The ranks that share a batch.
 fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
-    let exchange = exchange(plan);
+    let exchange = setup::exchange(plan);
     let sequence = ranks.map(|ranks| Sequence { ranks: ranks.mesh.sequence.clone(), exchange });
     specforge_methods::Ranks { tensor: ranks.map(|ranks| ranks.mesh.tensor.clone()), sequence }
-}
-
-fn exchange(plan: &RunPlan) -> specforge_methods::Exchange {
-    match plan.parallel.exchange {
-        Exchange::Ring => specforge_methods::Exchange::Ring,
-        Exchange::Heads => specforge_methods::Exchange::Heads,
-    }
 }
 
 /// What is known of the target without its weights; fails where the draft cannot be trained for it, or by these ranks.
@@ -410,7 +384,7 @@ fn expect_possible(plan: &RunPlan) -> Result<TargetInfo> {
     let info = TargetInfo::read(&plan.target.path)?;
     info.expect_teacher()?;
     let (tensor, sequence) = (plan.parallel.tensor, plan.parallel.sequence);
-    plan.method.check_shared(&info, Counts { tensor, sequence, exchange: exchange(plan) })?;
+    plan.method.check_shared(&info, Counts { tensor, sequence, exchange: setup::exchange(plan) })?;
     Ok(info)
 }
 

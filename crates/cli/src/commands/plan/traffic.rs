@@ -62,13 +62,18 @@ pub(super) struct Sizes<'a> {
     pub(super) element: f64,
 }
 
+impl Links {
+    /// Between neighbouring ranks, which leave the machine only if they are more than it has cards.
+    fn speed(&self, ranks: u64) -> f64 {
+        if ranks <= self.per_node { self.link } else { self.network }
+    }
+}
+
 /// The traffic of one step.
 pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
     let [data, tensor, sequence] =
         [data_bytes(s, layout), tensor_bytes(s, layout), sequence_bytes(s, layout)];
     let target = s.target.map_or(0.0, |target| target_bytes(s, target, layout));
-    // Ranks of a batch lie side by side: they leave the machine only if they are more than it has cards.
-    let speed = |ranks: u64| if ranks <= links.per_node { links.link } else { links.network };
     let inner = layout.of_batch();
     // Ranks of the target's own are as far away as any.
     let reach = if layout.apart > 0 { layout.ranks() } else { layout.target };
@@ -80,8 +85,10 @@ pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
         tensor_bytes: tensor,
         sequence_bytes: sequence,
         target_bytes: target,
-        data_seconds: data / speed(layout.ranks()),
-        waited_seconds: tensor / speed(layout.tensor) + sequence / speed(inner) + target / speed(reach),
+        data_seconds: data / links.speed(layout.ranks()),
+        waited_seconds: tensor / links.speed(layout.tensor)
+            + sequence / links.speed(inner)
+            + target / links.speed(reach),
     }
 }
 
@@ -138,9 +145,8 @@ fn shared_bytes(target: &TargetInfo, rows: f64, layout: Layout) -> f64 {
 pub(super) fn of_target(s: &Sizes<'_>, layout: Layout, links: &Links) -> f64 {
     let Some(target) = s.target else { return 0.0 };
     let rows = s.element * s.rows.tokens as f64 * target.hidden_size as f64;
-    let speed = |ranks: u64| if ranks <= links.per_node { links.link } else { links.network };
     let features = target_bytes(s, target, layout) * layout.peers() as f64;
-    shared_bytes(target, rows, layout) / speed(layout.target) + features / speed(layout.ranks())
+    shared_bytes(target, rows, layout) / links.speed(layout.target) + features / links.speed(layout.ranks())
 }
 
 fn sequence_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
