@@ -1,22 +1,11 @@
 //! What is saved when, what it is called, and what is made of it afterwards.
 
-use serde_json::Value;
 use specforge_train::{Checkpoint, Checkpoints, Outcome, Trainer};
 
-use crate::fixture::{Fixture, Script, names, run, sound, weights};
+use crate::fixture::{Fixture, Script, log, names, run, sound, weights};
 
 fn checkpoints(trainer: &Trainer<'_>) -> Checkpoints {
     Checkpoints::open(trainer.settings.folder.join("checkpoints"), 0).unwrap()
-}
-
-/// The steps in `metrics.jsonl`, and the loss of each.
-fn log(trainer: &Trainer<'_>) -> Vec<(u64, f64)> {
-    let text = fs_err::read_to_string(trainer.settings.folder.join("metrics.jsonl")).unwrap();
-    let record = |line: &str| {
-        let record: Value = serde_json::from_str(line).unwrap();
-        (record["step"].as_u64().unwrap(), record["loss"].as_f64().unwrap())
-    };
-    text.lines().map(record).collect()
 }
 
 /// Trains with these acceptance lengths, evaluated at steps 2, 4, ...; gives the best step.
@@ -74,7 +63,7 @@ fn a_stopped_run_goes_on_to_the_same_bits_and_logs_each_step_once() {
         assert_eq!(weights(&second), weights(&whole), "{name}");
         assert_eq!(second.state.position, whole.state.position);
         assert_eq!((second.state.tokens, second.state.best), (whole.state.tokens, whole.state.best));
-        assert_eq!(log(&second), log(&whole));
+        assert_eq!(log(&second.settings.folder), log(&whole.settings.folder));
     }
 }
 
@@ -84,13 +73,13 @@ fn lines_after_the_checkpoint_are_written_again() {
     let fixture = Fixture::new();
     let mut whole = fixture.trainer("whole");
     run(&mut whole);
-    let written = log(&whole);
+    let written = log(&whole.settings.folder);
     assert_eq!(written.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
     let mut again = fixture.trainer("whole");
     let earlier = again.settings.folder.join("checkpoints/step-00000004");
     again.resume(&Checkpoint::open(&earlier).unwrap()).unwrap();
     run(&mut again);
-    assert_eq!(log(&again), written);
+    assert_eq!(log(&again.settings.folder), written);
 }
 
 #[test]
@@ -102,7 +91,7 @@ fn a_finished_run_that_is_resumed_does_nothing() {
     again.resume(&checkpoints(&whole).latest().unwrap().unwrap()).unwrap();
     assert!(run(&mut again).losses.is_empty());
     assert_eq!(weights(&again), weights(&whole));
-    assert_eq!(log(&again).len(), 12);
+    assert_eq!(log(&again.settings.folder).len(), 12);
 }
 
 /// Between the rename of a checkpoint and the pointers to it there is time to be killed in.

@@ -32,6 +32,16 @@ pub(crate) struct Fixture {
     config: MethodConfig,
 }
 
+/// The steps in a run's `metrics.jsonl`, and the loss of each.
+pub(crate) fn log(folder: &Path) -> Vec<(u64, f64)> {
+    let text = fs_err::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let record = |line: &str| {
+        let record: serde_json::Value = serde_json::from_str(line).unwrap();
+        (record["step"].as_u64().unwrap(), record["loss"].as_f64().unwrap())
+    };
+    text.lines().map(record).collect()
+}
+
 impl Fixture {
     pub(crate) fn new() -> Self {
         Self::on(Device::Cpu)
@@ -66,6 +76,11 @@ impl Fixture {
     /// The draft of [`Fixture::shareable`] as a rank has it that shares batches with these.
     pub(crate) fn shared(&self, ranks: &specforge_methods::Ranks) -> (Box<dyn DraftMethod>, Params) {
         self.config.build_on(ranks, &self.info, &self.frozen, even_vocab(), 1).unwrap()
+    }
+
+    /// The log of a run of this name.
+    pub(crate) fn log(&self, name: &str) -> Vec<(u64, f64)> {
+        log(&self.folder.path().join(name))
     }
 
     /// As [`Fixture::trainer`], on a rank.

@@ -63,7 +63,7 @@ fn on_ranks(
         let all_twice = counts.values().all(|n| *n == 2) && counts.len() == 12;
         assert!(began > 0 || all_twice, "{name}: {counts:?}");
     }
-    ((log(fixture, name), first), outcome)
+    ((fixture.log(name), first), outcome)
 }
 
 /// A test asks to stop by what it puts into the identity.
@@ -71,20 +71,11 @@ fn stop_after(trainer: &Trainer<'_>) -> Option<u64> {
     trainer.state.identity["stop"].as_u64()
 }
 
-fn log(fixture: &Fixture, name: &str) -> Vec<(u64, f64)> {
-    let text = fs_err::read_to_string(fixture.folder.path().join(name).join("metrics.jsonl")).unwrap();
-    let record = |line: &str| {
-        let record: serde_json::Value = serde_json::from_str(line).unwrap();
-        (record["step"].as_u64().unwrap(), record["loss"].as_f64().unwrap())
-    };
-    text.lines().map(record).collect()
-}
-
 fn alone(fixture: &Fixture, name: &str, change: Change<'_>) -> Trained {
     let mut trainer = fixture.trainer(name);
     change(&mut trainer);
     run(&mut trainer);
-    (log(fixture, name), weights(&trainer))
+    (fixture.log(name), weights(&trainer))
 }
 
 #[track_caller]
@@ -201,7 +192,7 @@ fn parallel_a_run_goes_from_four_ranks_to_two_to_one_to_three() {
             on_ranks(&fixture, &name, (MeshShape::data(ranks), level), &change);
         }
         // And back to a process that knows no ranks.
-        let trained = (log(&fixture, &name), weights_of(&fixture, &name));
+        let trained = (fixture.log(&name), weights_of(&fixture, &name));
         assert_same(&name, &trained, &single);
     }
 }
@@ -290,8 +281,8 @@ fn cuda_a_run_again_trains_to_the_same_bits() {
         run(&mut trainer);
         weights(&trainer)
     });
-    assert_eq!(log(&fixture, "second"), log(&fixture, "first"));
-    assert_eq!(log(&fixture, "third"), log(&fixture, "first"));
+    assert_eq!(fixture.log("second"), fixture.log("first"));
+    assert_eq!(fixture.log("third"), fixture.log("first"));
     assert!(all[0] == all[1] && all[0] == all[2]);
 }
 
@@ -313,14 +304,14 @@ fn parallel_nccl_with_one_rank_trains_to_the_same_bits() {
         let ranks = Ranks { mesh, level, reduce: DType::F32, patience: PATIENCE };
         let mut trainer = fixture.ranked(&format!("{name}-whole"), ranks.clone());
         run(&mut trainer);
-        assert_eq!(log(&fixture, &format!("{name}-whole")), log(&fixture, "alone"), "{name}, in one go");
+        assert_eq!(fixture.log(&format!("{name}-whole")), fixture.log("alone"), "{name}, in one go");
         let mut trainer = fixture.ranked(&name, ranks.clone());
         let stop = &mut Script { stop_after: Some(7), ..Script::default() };
         assert_eq!(trainer.run(&mut sound(), stop).unwrap(), Outcome::Stopped);
         let mut resumed = fixture.ranked(&name, ranks);
         take_up(&mut resumed);
         run(&mut resumed);
-        assert_eq!(log(&fixture, &name), log(&fixture, "alone"), "{name}");
+        assert_eq!(fixture.log(&name), fixture.log("alone"), "{name}");
         assert!(weights(&resumed) == weights(&single), "{name}");
     }
 }
@@ -340,7 +331,7 @@ fn parallel_one_rank_trains_to_the_same_bits() {
             run(&mut trainer);
             weights(&trainer)
         });
-        assert_eq!(log(&fixture, &name), log(&fixture, "alone"), "{name}");
+        assert_eq!(fixture.log(&name), fixture.log("alone"), "{name}");
         assert!(got[0] == weights(&single), "{name}");
     }
 }

@@ -117,7 +117,7 @@ fn relative_error(got: &[f32], want: &[f32]) -> f64 {
 #[track_caller]
 fn assert_same(fixture: &Fixture, name: &str, got: &Trained, want: &Trained) {
     assert_eq!(got.tokens, want.tokens, "{name}");
-    let (losses, wanted) = (log(fixture, name), log(fixture, "alone"));
+    let (losses, wanted) = (fixture.log(name), fixture.log("alone"));
     assert_eq!((losses.len(), wanted.len()), (STEPS as usize, STEPS as usize), "{name}");
     for ((step, got), (_, want)) in losses.iter().zip(&wanted) {
         assert!((got / want - 1.0).abs() < 1e-6, "{name}: loss of step {step}: {got}, alone {want}");
@@ -127,15 +127,6 @@ fn assert_same(fixture: &Fixture, name: &str, got: &Trained, want: &Trained) {
         let off = relative_error(&got.whole[weight], want);
         assert!(off < 1e-6, "{name}: {weight} is off by {off:e}");
     }
-}
-
-fn log(fixture: &Fixture, name: &str) -> Vec<(u64, f64)> {
-    let text = fs_err::read_to_string(fixture.folder.path().join(name).join("metrics.jsonl")).unwrap();
-    let record = |line: &str| {
-        let record: serde_json::Value = serde_json::from_str(line).unwrap();
-        (record["step"].as_u64().unwrap(), record["loss"].as_f64().unwrap())
-    };
-    text.lines().map(record).collect()
 }
 
 fn check(fixture: &Fixture, alone: &Trained, shape: MeshShape, level: Level) {
@@ -214,7 +205,7 @@ fn parallel_tensor_runs_resumed_on_the_same_mesh_go_on_to_the_same_bits() {
                 let stopped = on_ranks(&fixture, &name, mesh, &|_| Some(stop));
                 assert_eq!(stopped.outcome, Outcome::Stopped);
                 let resumed = on_ranks(&fixture, &name, mesh, &take_up);
-                assert_eq!(log(&fixture, &name), log(&fixture, &format!("whole-{tensor}-{level:?}")));
+                assert_eq!(fixture.log(&name), fixture.log(&format!("whole-{tensor}-{level:?}")));
                 assert_eq!((&resumed.whole, &resumed.own), (&whole.whole, &whole.own), "{name}");
             }
         }
