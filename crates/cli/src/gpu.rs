@@ -37,7 +37,7 @@ pub(crate) fn choose(local_rank: usize) -> Result<()> {
 }
 
 /// The number of this process's GPU.
-pub(crate) fn ordinal() -> usize {
+fn ordinal() -> usize {
     ORDINAL.load(Ordering::Relaxed)
 }
 
@@ -58,6 +58,11 @@ pub(crate) fn device(choice: DeviceChoice) -> Result<Device> {
         note!("device    {}", line(gpu));
     }
     Ok(device)
+}
+
+/// The device that a choice came to.
+pub(crate) fn chosen(choice: DeviceChoice) -> Result<Device> {
+    Ok(if choice == DeviceChoice::Cuda { Device::cuda(ordinal())? } else { Device::Cpu })
 }
 
 /// What `auto` came to.

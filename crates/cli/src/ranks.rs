@@ -95,22 +95,41 @@ fn patience(plan: &ParallelConfig) -> Duration {
     Duration::from_secs(plan.timeout)
 }
 
+/// The ranks that a command asks for.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// How many, and how they lie.
+    pub(crate) parallel: ParallelConfig,
+    /// What each computes on; a command is told what `auto` came to.
+    pub(crate) device: DeviceChoice,
+    /// CPU threads of each; 0: as many as the machine has.
+    pub(crate) threads: usize,
+}
+
 /// Runs a command on all ranks of a plan whose device is not chosen yet.
-pub(crate) fn run(plan: RunPlan, command: impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync) -> Result<()> {
-    launch::end_with_parent();
-    let placed = placement(&env::launch())?;
+pub(crate) fn run(plan: &RunPlan, command: impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync) -> Result<()> {
     // Said before anything is read or anyone is started.
     if plan.parallel.of_target() > 1 {
         TargetInfo::read(&plan.target.path)?.shared_by(plan.parallel.of_target())?;
     }
-    let asked = layout::asked(&plan.parallel);
-    match placed {
-        _ if plan.parallel.ranks_in_process => in_threads(plan, asked, &command),
-        Some(placement) if placement.size > 1 => as_process(plan, &placement, &command),
-        _ if asked > 1 => start(&plan, asked),
+    let wanted = Wanted { parallel: plan.parallel.clone(), device: plan.device, threads: plan.threads };
+    on(&wanted, |device, rank| command(RunPlan { device, ..plan.clone() }, rank))
+}
+
+/// Runs a command on all ranks.
+pub(crate) fn on(
+    wanted: &Wanted,
+    command: impl Fn(DeviceChoice, &Rank) -> Result<Ending> + Sync,
+) -> Result<()> {
+    launch::end_with_parent();
+    let asked = layout::asked(&wanted.parallel);
+    match placement(&env::launch())? {
+        _ if wanted.parallel.ranks_in_process => in_threads(wanted, asked, &command),
+        Some(placement) if placement.size > 1 => as_process(wanted, &placement, &command),
+        _ if asked > 1 => start(wanted, asked),
         _ => {
-            let plan = setup::on_this_machine(plan)?;
-            end(command(plan, &Rank { world: None, device: Device::Cpu })?)
+            let device = setup::on_this_machine(wanted.device, wanted.threads)?;
+            end(command(device, &Rank { world: None, device: Device::Cpu })?)
         }
     }
 }
@@ -125,32 +144,32 @@ pub(crate) fn run_decoding(
     let alone = ParallelConfig { data, target_tensor: Some(of_target), ..ParallelConfig::default() };
     let ParallelConfig { timeout, rendezvous, ranks_in_process, .. } = plan.parallel;
     plan.parallel = ParallelConfig { timeout, rendezvous, ranks_in_process, ..alone };
-    run(plan, command)
+    run(&plan, command)
 }
 
 /// Ranks that nobody has started: one process per GPU of this machine.
-fn start(plan: &RunPlan, asked: usize) -> Result<()> {
-    let gpus = if plan.device == DeviceChoice::Cpu { 0 } else { Gpu::count().unwrap_or(0) };
+fn start(wanted: &Wanted, asked: usize) -> Result<()> {
+    let gpus = if wanted.device == DeviceChoice::Cpu { 0 } else { Gpu::count().unwrap_or(0) };
     match gpus {
-        0 if plan.device == DeviceChoice::Cuda => Gpu::count().map(|_| ()).context("device = \"cuda\""),
-        0 => bail!("{}", not_started(plan, asked)),
+        0 if wanted.device == DeviceChoice::Cuda => Gpu::count().map(|_| ()).context("device = \"cuda\""),
+        0 => bail!("{}", not_started(wanted, asked)),
         _ if asked <= gpus => launch::start(asked),
         _ => bail!(
-            "the recipe asks for {asked} ranks, this machine has {gpus} GPUs: start as many processes on several \
+            "{asked} ranks are asked for, this machine has {gpus} GPUs: start as many processes on several \
              machines, with torchrun or srun (docs/parallel.md)"
         ),
     }
 }
 
 /// What to do where ranks are asked for that nobody has started, on CPUs.
-fn not_started(plan: &RunPlan, asked: usize) -> String {
+fn not_started(wanted: &Wanted, asked: usize) -> String {
     let with = if cfg!(feature = "mpi") { "" } else { "build with --features mpi and " };
-    let lies_over = plan.parallel.of_target() > 1 || plan.parallel.target_ranks > 0;
+    let lies_over = wanted.parallel.of_target() > 1 || wanted.parallel.target_ranks > 0;
     let without = if lies_over { ", without target-tensor and target-ranks" } else { "" };
     format!(
         "the recipe asks for {asked} ranks, and this process was started alone: {with}run it with \
          `mpirun -n {asked} specforge ...` (device = {:?}), or set parallel.data = 1{without}",
-        plan.device
+        wanted.device
     )
 }
 
@@ -163,17 +182,17 @@ fn end(ending: Ending) -> Result<()> {
 
 /// Every rank a thread. The error to tell is the first that is not of a rank which only missed another one.
 fn in_threads(
-    plan: RunPlan,
+    wanted: &Wanted,
     ranks: usize,
-    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+    command: &(impl Fn(DeviceChoice, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
-    let plan = setup::on_this_machine(plan)?;
+    let device = setup::on_this_machine(wanted.device, wanted.threads)?;
     let errors = Mutex::new(Vec::new());
-    let endings = threads::run(ranks, patience(&plan.parallel), |world| {
+    let endings = threads::run(ranks, patience(&wanted.parallel), |world| {
         quiet(world.rank() > 0);
         let number = world.rank();
         let rank = Rank { world: (ranks > 1).then_some(world), device: Device::Cpu };
-        command(plan.clone(), &rank).map_err(|error| {
+        command(device, &rank).map_err(|error| {
             let error = if number == 0 { error } else { error.context(format!("rank {number} of {ranks}")) };
             errors.lock().unwrap_or_else(PoisonError::into_inner).push(error);
         })
@@ -189,20 +208,19 @@ fn in_threads(
 
 /// This process is one of several that were started together.
 fn as_process(
-    mut plan: RunPlan,
+    wanted: &Wanted,
     placement: &Placement,
-    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+    command: &(impl Fn(DeviceChoice, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
-    layout::shape(&plan.parallel, placement.size)?;
+    layout::shape(&wanted.parallel, placement.size)?;
     quiet(placement.rank > 0);
-    if plan.device != DeviceChoice::Cpu {
+    if wanted.device != DeviceChoice::Cpu {
         gpu::choose(placement.local_rank)?;
     }
-    plan = setup::on_this_machine(plan)?;
-    if plan.device == DeviceChoice::Cuda {
-        return by_nccl(plan, placement, command);
+    match setup::on_this_machine(wanted.device, wanted.threads)? {
+        DeviceChoice::Cuda => by_nccl(&wanted.parallel, placement, command),
+        _ => by_mpi(&wanted.parallel, placement, command),
     }
-    by_mpi(plan, placement, command)
 }
 
 /// Where the ranks find each other: the recipe's folder, or what the launcher says.
@@ -222,20 +240,20 @@ fn meeting(plan: &ParallelConfig, placement: &Placement) -> Result<Meeting> {
 
 /// Every rank with a GPU: they meet by TCP, and talk through NCCL.
 fn by_nccl(
-    plan: RunPlan,
+    parallel: &ParallelConfig,
     placement: &Placement,
-    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+    command: &(impl Fn(DeviceChoice, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
     let place @ (number, size) = (placement.rank, placement.size);
-    let meeting = meeting(&plan.parallel, placement)?;
-    let wait: (Duration, Alarm) = (patience(&plan.parallel), launch::die);
+    let meeting = meeting(parallel, placement)?;
+    let wait: (Duration, Alarm) = (patience(parallel), launch::die);
     let id = || nccl::unique_id().map(Vec::from).map_err(|e| e.to_string());
     let (id, link) = rendezvous::meet(&meeting, place, wait, id)?;
     let join = || -> Result<Ending> {
         let id: [u8; 128] = id.try_into().map_err(|_| anyhow!("what rank 0 sent is not an id of NCCL's"))?;
-        let device = setup::device(&plan)?;
+        let device = gpu::chosen(DeviceChoice::Cuda)?;
         let world = nccl::join(device, &id, place, wait)?;
-        command(plan, &Rank { world: Some(world), device })
+        command(DeviceChoice::Cuda, &Rank { world: Some(world), device })
     };
     match join() {
         Ok(ending) => {
@@ -253,9 +271,9 @@ fn by_nccl(
 
 #[cfg(not(feature = "mpi"))]
 fn by_mpi(
-    _: RunPlan,
+    _: &ParallelConfig,
     placement: &Placement,
-    _: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+    _: &(impl Fn(DeviceChoice, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
     bail!(
         "this process is rank {} of {}, and on CPUs ranks reach each other by MPI, which this program was built \
@@ -267,12 +285,12 @@ fn by_mpi(
 
 #[cfg(feature = "mpi")]
 fn by_mpi(
-    plan: RunPlan,
+    parallel: &ParallelConfig,
     placement: &Placement,
-    command: &(impl Fn(RunPlan, &Rank) -> Result<Ending> + Sync),
+    command: &(impl Fn(DeviceChoice, &Rank) -> Result<Ending> + Sync),
 ) -> Result<()> {
     use specforge_parallel::mpi;
-    let world = mpi::start(patience(&plan.parallel), launch::die)?;
+    let world = mpi::start(patience(parallel), launch::die)?;
     let (number, size) = (world.rank(), world.size());
     if (number, size) != (placement.rank, placement.size) {
         mpi::finish();
@@ -284,7 +302,7 @@ fn by_mpi(
             placement.size
         );
     }
-    match command(plan, &Rank { world: Some(world), device: Device::Cpu }) {
+    match command(DeviceChoice::Cpu, &Rank { world: Some(world), device: Device::Cpu }) {
         Ok(ending) => {
             mpi::finish();
             // The first rank says it for all.

@@ -32,7 +32,8 @@ pub(crate) struct RecipeArgs {
 impl RecipeArgs {
     /// Reads the recipe and resolves it, and sets the number of threads it asks for.
     pub(crate) fn plan(&self) -> Result<RunPlan> {
-        on_this_machine(self.read()?)
+        let plan = self.read()?;
+        Ok(RunPlan { device: on_this_machine(plan.device, plan.threads)?, ..plan })
     }
 
     /// Reads the recipe and resolves it; the device is not chosen yet.
@@ -60,12 +61,12 @@ impl RecipeArgs {
 }
 
 /// Chooses the device and sets the number of threads.
-pub(crate) fn on_this_machine(mut plan: RunPlan) -> Result<RunPlan> {
-    plan.device = gpu::choice(gpu::device(plan.device)?);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(plan.threads);
+pub(crate) fn on_this_machine(device: DeviceChoice, threads: usize) -> Result<DeviceChoice> {
+    let device = gpu::choice(gpu::device(device)?);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     // A second pool in one process is only ever asked for by tests.
     let _ = pool.build_global();
-    Ok(plan)
+    Ok(device)
 }
 
 impl RecipeArgs {
@@ -109,7 +110,7 @@ pub(crate) fn prepared(plan: &RunPlan) -> Result<Arc<Prepared>> {
 
 /// The device of a plan that [`RecipeArgs::plan`] made.
 pub(crate) fn device(plan: &RunPlan) -> Result<Device> {
-    Ok(if plan.device == DeviceChoice::Cuda { Device::cuda(gpu::ordinal())? } else { Device::Cpu })
+    gpu::chosen(plan.device)
 }
 
 /// The element type for the target's weights: float32 computes fastest on a CPU, if it fits.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
+use specforge_train::Sent;
 
 /// Prints a result to stdout. That nobody reads it any more is an error, which ends the command in peace.
 pub(crate) fn print(result: impl Display) -> Result<()> {
@@ -115,6 +116,12 @@ pub(crate) fn table(rows: &[(&str, String)]) -> String {
     let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     let lines: Vec<String> = rows.iter().map(|(name, value)| format!("{name:<width$}  {value}")).collect();
     lines.join("\n") + "\n"
+}
+
+/// What left a rank.
+pub(crate) fn sent_text(Sent { gradients, overlapped, weights }: Sent) -> String {
+    let [gradients, overlapped, weights] = [gradients, overlapped, weights].map(bytes);
+    format!("{gradients} of gradients ({overlapped} beside the backward), {weights} of weights")
 }
 
 /// Bytes in the unit that suits them.

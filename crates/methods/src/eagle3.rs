@@ -137,18 +137,7 @@ impl Eagle3 {
         let draw = |name: &str, shape: &[usize]| {
             Ok(init::normal(device, shape, config.initializer_range, seed, name)?)
         };
-        Self::drawn_on(ranks, config, target, frozen, vocab, draw)
-    }
-
-    /// As [`Eagle3::new`], with matrices that `draw` makes from name and shape: for measuring, on the device itself.
-    pub fn drawn(
-        config: &Config,
-        target: &TargetInfo,
-        frozen: &Frozen,
-        vocab: VocabMap,
-        draw: impl Fn(&str, &[usize]) -> Result<Tensor>,
-    ) -> Result<(Self, Params)> {
-        Self::drawn_on(&Ranks::default(), config, target, frozen, vocab, draw)
+        Self::drawn(ranks, config, target, frozen, vocab, draw)
     }
 
     /// Fails where so many ranks cannot share the work on a draft for this target.
@@ -158,7 +147,9 @@ impl Eagle3 {
         shares::check(config, &Dims::resolve(config, target, draft_vocab_size)?, ranks)
     }
 
-    fn drawn_on(
+    /// As [`Eagle3::new_on`], with matrices that `draw` makes whole from name and shape: for measuring, on the device
+    /// itself.
+    pub fn drawn(
         ranks: &Ranks,
         config: &Config,
         target: &TargetInfo,

@@ -29,5 +29,6 @@ pub use line::Line;
 pub use log::{Figures, Record};
 pub use optimizer::{Optimizer, Ranks, Sent};
 pub use order::{MicroBatch, Order};
+pub use sending::backward;
 pub use server::{Decode, Server};
 pub use trainer::{Settings, Trainer};

@@ -15,6 +15,9 @@ use specforge_tensor::{Across, DType, Device, Grads, Group, Later, Param, ParamI
 use crate::Result;
 use crate::checkpoint::{Index, Saved, Wanted};
 
+/// Gradients do not depend on how attention reached other ranks' rows.
+const ANY: Exchange = Exchange::Ring;
+
 /// The ranks that train together.
 #[derive(Debug, Clone)]
 pub struct Ranks {
@@ -29,9 +32,10 @@ pub struct Ranks {
 }
 
 impl Ranks {
-    /// Those that share a batch: how attention reaches their rows is for the method to know.
-    fn of_batch(&self) -> specforge_methods::Ranks {
-        let (ranks, exchange) = (self.mesh.sequence.clone(), Exchange::Ring);
+    /// Those that share a batch, whose rows attention reaches by this exchange.
+    #[must_use]
+    pub fn of_batch(&self, exchange: Exchange) -> specforge_methods::Ranks {
+        let ranks = self.mesh.sequence.clone();
         let tensor = Some(self.mesh.tensor.clone());
         specforge_methods::Ranks { tensor, sequence: Some(Sequence { ranks, exchange }) }
     }
@@ -128,7 +132,7 @@ impl Optimizer {
         self.sent
     }
 
-    /// Makes sure that every parameter is there whole. All ranks call this.
+    /// Makes sure that every parameter is there whole, as a step needs it. All ranks call this.
     pub fn gather(&mut self, params: &mut Params) -> Result<()> {
         let Some(parts) = &self.parts else { return Ok(()) };
         if parts.whole.iter().all(|(id, _, shape)| params.get(*id).value.shape() == shape) {
@@ -163,7 +167,7 @@ impl Optimizer {
         let id = part.map_or(id, |(_, part)| part);
         // What is used once more here is dropped here too, and so goes back in order.
         param.value.device().beside(|| {
-            let grad = ranks.of_batch().add_up(param, grad)?;
+            let grad = ranks.of_batch(ANY).add_up(param, grad)?;
             let more = match part {
                 Some((shards, _)) => shards.reduce(&grad)?,
                 None => sum(ranks.mesh.data.as_ref(), grad, ranks.reduce)?,
@@ -190,15 +194,16 @@ impl Optimizer {
         Ok(())
     }
 
-    /// One step with what was sent, or alone with `grads`. All ranks call this.
-    pub(crate) fn step(
+    /// One step with what was sent, or alone with `grads`; `weight` is what this rank's losses are divided by, summed over
+    /// all here. All ranks call this.
+    pub fn step(
         &mut self,
         params: &mut Params,
         grads: &Grads,
         (weight, lr): (f64, f64),
     ) -> Result<Later<StepReport>> {
         let Some(ranks) = &self.ranks else { return Ok(self.adamw.step(params, grads, weight, lr)?) };
-        let (of_batch, across) = (ranks.of_batch(), ranks.across());
+        let (of_batch, across) = (ranks.of_batch(ANY), ranks.across());
         let weight_lr = (weight / ranks.per_batch() as f64, lr);
         let mut sums = std::mem::take(&mut self.sums);
         let Some(parts) = &mut self.parts else {
@@ -246,7 +251,7 @@ impl Optimizer {
     /// The whole of a parameter that is there; of one that ranks share all of them call this.
     pub fn whole(&self, param: &Param) -> Result<Tensor> {
         let Some(ranks) = &self.ranks else { return Ok(param.value.clone()) };
-        Ok(ranks.of_batch().whole(param, &param.value)?)
+        Ok(ranks.of_batch(ANY).whole(param, &param.value)?)
     }
 
     /// Goes on from a saved state, whatever number of ranks wrote it; `params` have the saved weights already.

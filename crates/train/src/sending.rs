@@ -3,9 +3,20 @@
 //! All ranks send in one order, also those without rows: the last declared parameter first, since parameters are
 //! declared in the order in which a forward comes to them. A gradient that is final before its turn waits for it.
 
-use specforge_tensor::{Grads, ParamId, Params, Result};
+use specforge_tensor::{Grads, ParamId, Params, Result, Tape};
 
 use crate::Optimizer;
+
+/// The backward of a step with one micro-batch; alone, nothing is sent. All ranks call this.
+pub fn backward(tape: Tape<'_>, optimizer: &mut Optimizer, params: &Params) -> Result<Grads> {
+    if !optimizer.sends_after(true) {
+        return tape.backward();
+    }
+    let mut sending = Sending::new(optimizer, params);
+    let mut grads = tape.backward_telling(|ids, grads| sending.told(ids, grads))?;
+    sending.rest(&mut grads)?;
+    Ok(grads)
+}
 
 /// The gradients of one micro-batch, and of those before it that were not sent.
 #[derive(Debug)]

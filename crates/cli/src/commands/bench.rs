@@ -89,13 +89,19 @@ struct Repeats {
     steps: u32,
 }
 
+impl On {
+    fn choice(self) -> DeviceChoice {
+        match self {
+            Self::Auto => DeviceChoice::Auto,
+            Self::Cpu => DeviceChoice::Cpu,
+            Self::Cuda => DeviceChoice::Cuda,
+        }
+    }
+}
+
 impl Output {
     fn device(&self) -> Result<Device> {
-        gpu::device(match self.device {
-            On::Auto => DeviceChoice::Auto,
-            On::Cpu => DeviceChoice::Cpu,
-            On::Cuda => DeviceChoice::Cuda,
-        })
+        gpu::device(self.device.choice())
     }
 
     /// Prints `facts` as JSON or `rows` as a table, the device first.

@@ -32,7 +32,7 @@ pub(crate) struct Args {
 const ROWS_AT_ONCE: usize = 64;
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    ranks::run(args.recipe.read()?, |plan, rank| on_rank(args, &plan, rank))
+    ranks::run(&args.recipe.read()?, |plan, rank| on_rank(args, &plan, rank))
 }
 
 fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank) -> Result<Ending> {

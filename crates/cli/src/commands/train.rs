@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::json;
 use specforge_config::{Length, Mode, OnOom, RunPlan};
 use specforge_data::Prepared;
-use specforge_methods::{Counts, DraftMethod, Sequence};
+use specforge_methods::{Counts, DraftMethod};
 use specforge_models::{Target, TargetInfo};
 use specforge_nn::weights::Weights;
 use specforge_store::Reader;
@@ -32,7 +32,7 @@ use super::export;
 use crate::lock;
 use crate::ranks::{self, Apart, Ending, Layout, Rank};
 use crate::setup::{self, RecipeArgs};
-use crate::show::{bytes, note, positions, print, rate, table};
+use crate::show::{note, positions, print, rate, sent_text, table};
 use crate::warm_start;
 
 /// Train a draft, measure its acceptance length by real decoding, and export the folder that SGLang loads.
@@ -90,7 +90,7 @@ struct Summary {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
-    ranks::run(args.recipe.read()?, |plan, rank| on_rank(args, &plan, rank, started))
+    ranks::run(&args.recipe.read()?, |plan, rank| on_rank(args, &plan, rank, started))
 }
 
 fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result<Ending> {
@@ -316,12 +316,7 @@ fn shown(s: &Summary, plan: &RunPlan) -> String {
             format!("{} steps, {}, best at step {}", s.steps, rate(s.tokens_per_second), s.best_step),
         ),
     ];
-    if let Some(Sent { gradients, overlapped, weights }) = &s.sent {
-        let [gradients, overlapped, weights] = [gradients, overlapped, weights].map(|n| bytes(*n));
-        let sent =
-            format!("{gradients} of gradients ({overlapped} beside the backward), {weights} of weights");
-        rows.push(("sent to other ranks a step", sent));
-    }
+    rows.extend(s.sent.map(|sent| ("sent to other ranks a step", sent_text(sent))));
     rows.extend([
         ("run", plan.run_dir.display().to_string()),
         ("exported folder for SGLang", s.export_dir.display().to_string()),
@@ -374,9 +369,7 @@ impl Parts {
 
 /// The ranks that share a batch.
 fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
-    let exchange = setup::exchange(plan);
-    let sequence = ranks.map(|ranks| Sequence { ranks: ranks.mesh.sequence.clone(), exchange });
-    specforge_methods::Ranks { tensor: ranks.map(|ranks| ranks.mesh.tensor.clone()), sequence }
+    ranks.map(|ranks| ranks.of_batch(setup::exchange(plan))).unwrap_or_default()
 }
 
 /// What is known of the target without its weights; fails where the draft cannot be trained for it, or by these ranks.

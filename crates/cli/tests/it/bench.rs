@@ -47,6 +47,38 @@ fn a_step_is_measured() {
     assert!(live(&online) < live(&offline), "{online:#}");
 }
 
+/// On a CPU ranks are threads. Ranks of one batch have the loss that one has alone, and share its work.
+#[test]
+fn a_step_is_measured_over_parallel_ranks() {
+    let world = World::new();
+    let step = |more: &[&str]| {
+        let args =
+            ["bench", "step", "--preset", "quickstart", "--tokens", "2x64", "--device", "cpu", "--json"];
+        world.ok_json(&[&args[..], &["--steps", "2", "--warmup", "1"], more].concat())
+    };
+    let loss = |facts: &Value| facts["loss"].as_f64().unwrap();
+    let alone = step(&[]);
+    assert_eq!(alone["sent_bytes"], Value::Null);
+    for ranks in ["--sequence", "--tensor"] {
+        let shared = step(&[ranks, "2"]);
+        assert!((loss(&shared) / loss(&alone) - 1.0).abs() < 1e-4, "{} {}", loss(&shared), loss(&alone));
+        assert_eq!(shared["rows"], alone["rows"]);
+    }
+    let two = step(&["--data", "2", "--zero", "3", "--mode", "online"]);
+    positive(
+        &two,
+        &["/tokens_per_second", "/sent_bytes/gradients", "/sent_bytes/overlapped", "/sent_bytes/weights"],
+    );
+    for (more, message) in [
+        (&["--tensor", "2", "--mode", "online"][..], "use --mode offline"),
+        (&["--sequence", "2", "--exchange", "heads"], "num-key-value-heads"),
+        (&["--data", "0"], "from 1 to 4096"),
+    ] {
+        let args = ["bench", "step", "--preset", "quickstart", "--tokens", "2x64", "--device", "cpu"];
+        world.fails(&[&args[..], more].concat(), &[message]);
+    }
+}
+
 #[test]
 fn the_parts_of_a_step_are_measured() {
     let world = World::new();

@@ -20,9 +20,9 @@ pub(in crate::commands) struct Data {
 }
 
 impl Data {
-    /// Documents of random tokens of which the share `live` is supervised.
-    pub(in crate::commands) fn draw(tokens: Tokens, live: f64, vocab_size: usize) -> Self {
-        let mut draw = Draw(1);
+    /// Documents of random tokens of which the share `live` is supervised: one of many such batches, by its number.
+    pub(in crate::commands) fn draw(tokens: Tokens, (live, number): (f64, usize), vocab_size: usize) -> Self {
+        let mut draw = Draw(1 + ((number as u64) << 32));
         let (n, t) = (tokens.documents, tokens.each);
         let input_ids = (0..n * t).map(|_| draw.below(vocab_size) as u32).collect();
         let loss_mask = (0..n).flat_map(|_| mask(t, live, &mut draw)).collect();
@@ -97,7 +97,7 @@ mod tests {
     #[test]
     fn the_mask_has_the_share_asked_for() {
         for (live, expected) in [(1.0, 4096), (0.5, 2048), (0.25, 1024)] {
-            let data = Data::draw(Tokens { documents: 2, each: 2048 }, live, 100);
+            let data = Data::draw(Tokens { documents: 2, each: 2048 }, (live, 0), 100);
             assert_eq!(data.n_tokens(), 4096);
             assert_eq!(data.loss_mask.iter().map(|&m| usize::from(m)).sum::<usize>(), expected);
             assert!(data.input_ids.iter().all(|&id| id < 100));

@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn the_arithmetic_of_llama3_8b() {
         let info = Preset::Llama3_8b.info().unwrap();
-        let data = Data::draw(Tokens { documents: 1, each: 2048 }, 1.0, info.vocab_size);
+        let data = Data::draw(Tokens { documents: 1, each: 2048 }, (1.0, 0), info.vocab_size);
         let (rows, sizes) = (Rows::of(&data.bounds, &data.loss_mask, 7), Sizes::of(&info, 32_000, 7, false));
         assert_eq!((rows.live, rows.teacher, rows.loss), (2047, 2047, 7 * 2047 - 21));
         // 16.97 GFLOP per token, as worked out by hand from SpecForge's code.

@@ -1,5 +1,6 @@
 //! `specforge bench step`: a training step as a whole, its phases, its memory, and how far it is from its floor.
 
+mod ranks;
 mod report;
 
 use std::time::Instant;
@@ -8,9 +9,10 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 use serde::Serialize;
 use specforge_cuda::{Gemm, Gpu};
-use specforge_methods::eagle3::Config;
+use specforge_methods::eagle3::{Config, Eagle3};
 use specforge_models::TargetInfo;
 use specforge_tensor::{DType, Device};
+use specforge_train::Sent;
 
 use super::clock::{Mark, Spread, laps, median};
 use super::data::Data;
@@ -19,6 +21,8 @@ use super::flops::{Rows, Sizes};
 use super::preset::{Preset, Tokens};
 use super::subject::{PHASES, Pending, Source, Subject};
 use super::{Output, Repeats};
+use crate::gpu;
+use crate::ranks::{Ending, Rank};
 
 /// Measure an EAGLE3 training step: 7 test-time-training steps, KL, AdamW with clipping.
 ///
@@ -39,11 +43,16 @@ use super::{Output, Repeats};
 ///           values; --json lists them by shape
 ///   memory  the peak of warm steps, what was held before the first, and
 ///           whether warm steps took any from the system (none should)
+///   sent    bytes that leave a rank in a step, where there are several
+///
+/// With several ranks, times, rows, work, floor and memory are those of the first one; the speed is that of all.
 ///
 /// Examples:
 ///
 ///   specforge bench step --preset llama3-8b --tokens 2x2048 --live 0.5
 ///   specforge bench step --preset qwen3-4b --tokens 2x2048 --mode online --json
+///   specforge bench step --preset llama3-8b --tokens 1x32768 --sequence 4
+///   specforge bench step --preset llama3-8b --tokens 2x2048 --data 8 --zero 2
 ///   specforge bench step --preset quickstart --tokens 2x64 --device cpu
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -63,6 +72,8 @@ pub(crate) struct Args {
     /// How the target's weights lie in memory and multiply (online).
     #[arg(long, value_enum, default_value_t = TargetType::Bf16)]
     target_dtype: TargetType,
+    #[command(flatten)]
+    over: ranks::Over,
     #[command(flatten)]
     repeats: Repeats,
     #[command(flatten)]
@@ -100,6 +111,8 @@ struct Measured {
     /// Of the last step.
     loss: f64,
     gemms: Vec<Gemm>,
+    /// Of a step; nothing alone.
+    sent: Option<Sent>,
 }
 
 /// Bytes of device memory.
@@ -113,20 +126,35 @@ struct Memory {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let (info, config) = (args.preset.info()?, Config::default());
+    let info = args.preset.info()?;
     expect_length(args, &info)?;
-    let device = args.output.device()?;
+    Eagle3::check_shared(&Config::default(), &info, args.over.counts())?;
+    crate::ranks::on(&args.wanted()?, |device, rank| {
+        on_rank(args, &info, gpu::chosen(device)?, rank)?;
+        Ok(Ending::Done)
+    })
+}
+
+fn on_rank(args: &Args, info: &TargetInfo, device: Device, rank: &Rank) -> Result<()> {
+    let config = Config::default();
     let storage = storage(args, device)?;
     let source = if args.mode == Mode::Online { Source::Target(storage) } else { Source::Store };
-    let data = Data::draw(args.tokens, args.live, info.vocab_size);
+    let ranks = rank.layout(&args.wanted()?.parallel)?.train;
+    // Those that share a batch draw the same one.
+    let number = rank.number() / args.over.of_batch();
+    let data = Data::draw(args.tokens, (args.live, number), info.vocab_size);
     let vocab = args.preset.vocab(info.vocab_size)?;
-    let sizes = Sizes::of(&info, vocab.len(), config.ttt_steps, args.mode == Mode::Online);
+    let sizes = Sizes::of(info, vocab.len(), config.ttt_steps, args.mode == Mode::Online);
     let rows = Rows::of(&data.bounds, &data.loss_mask, config.ttt_steps);
     // The draft is gone before the floor takes memory for its operands.
     let measured = {
-        let subject = Subject::new((&info, vocab), &config, data, source, device)?;
+        let ranks = ranks.map(|ranks| (ranks, args.over.exchange()));
+        let subject = Subject::new((info, vocab), &config, data, source, (device, ranks))?;
         measure(subject, args.repeats, device)?
     };
+    if !rank.is_first() {
+        return Ok(());
+    }
     let floor = device.gpu().map(|gpu| floor_of(gpu, &measured.gemms)).transpose()?;
     report::print(args, device, &measured, floor.as_ref(), (&rows, &sizes))
 }
@@ -173,10 +201,11 @@ fn measure(mut subject: Subject, repeats: Repeats, device: Device) -> Result<Mea
         reserved_after_bytes: gpu.usage().reserved,
         warm_steps_allocate_nothing: warm.reserved == gpu.usage().reserved,
     });
+    let sent = subject.sent(repeats.warmup + repeats.steps);
     let phases = phases(&mut subject, repeats.steps, device)?;
     let once = || subject.step(&mut || Ok(()))?.wait().map(|_| ());
     let gemms = gpu.map(|gpu| floor::record(gpu, once)).transpose()?.unwrap_or_default();
-    Ok(Measured { step: Spread::of(&step), host_ms, phases, memory, loss, gemms })
+    Ok(Measured { step: Spread::of(&step), host_ms, phases, memory, loss, gemms, sent })
 }
 
 /// Times of back-to-back steps, the least time that the host took to ask for one, and the last one's loss. A step's figures are read while the next one runs, as
@@ -192,7 +221,7 @@ fn steps(subject: &mut Subject, n: u32, device: Device) -> Result<(Vec<f64>, f64
         marks.push(Mark::now(device)?);
         in_flight.replace(issued).map(Pending::wait).transpose()?;
     }
-    let loss = in_flight.map(Pending::wait).transpose()?.unwrap_or_default();
+    let loss = subject.of_batch(in_flight.map(Pending::wait).transpose()?.unwrap_or_default())?;
     Ok((laps(&marks)?, host_ms, loss))
 }
 

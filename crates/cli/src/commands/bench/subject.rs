@@ -2,11 +2,12 @@
 
 use anyhow::Result;
 use specforge_methods::eagle3::{Config, Eagle3};
-use specforge_methods::{Batch, DraftMethod, Frozen, Loss, Teacher, VocabMap};
+use specforge_methods::{Batch, DraftMethod, Exchange, Frozen, Loss, Ratio, Teacher, VocabMap};
 use specforge_models::{Target, TargetInfo};
-use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
-use specforge_tensor::{DType, Device, Later, Params, Tape, Tensor};
+use specforge_nn::optimizer::{AdamWConfig, StepReport};
+use specforge_tensor::{Combine, DType, Device, Later, Params, Tape, Tensor};
 use specforge_train::features::teacher_is_read;
+use specforge_train::{Optimizer, Ranks, Sent, backward};
 
 use super::data::Data;
 
@@ -17,7 +18,7 @@ pub(in crate::commands) const PHASES: [&str; 4] = ["target", "forward", "backwar
 pub(in crate::commands) struct Subject {
     method: Eagle3,
     params: Params,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     features: Features,
 }
 
@@ -57,13 +58,14 @@ pub(in crate::commands) struct Pending {
 }
 
 impl Subject {
-    /// A draft for this target over this batch.
+    /// A draft for this target over this batch; or what one of several ranks has of it, of which those that share the batch
+    /// exchange rows like this.
     pub(in crate::commands) fn new(
         (info, vocab): (&TargetInfo, VocabMap),
         config: &Config,
         data: Data,
         source: Source,
-        device: Device,
+        (device, ranks): (Device, Option<(Ranks, Exchange)>),
     ) -> Result<Self> {
         let target = match source {
             Source::Store => None,
@@ -76,8 +78,10 @@ impl Subject {
         let draw = |name: &str, shape: &[usize]| {
             Ok(Tensor::random(device, shape, config.initializer_range as f32, seed_of(name))?)
         };
-        let (method, params) = Eagle3::drawn(config, info, &frozen, vocab, draw)?;
-        let optimizer = AdamW::new(AdamWConfig::default(), &params)?;
+        let of_batch = ranks.as_ref().map(|(ranks, exchange)| ranks.of_batch(*exchange)).unwrap_or_default();
+        let (method, params) = Eagle3::drawn(&of_batch, config, info, &frozen, vocab, draw)?;
+        let ranks = ranks.map(|(ranks, _)| ranks);
+        let optimizer = Optimizer::new(AdamWConfig::default(), &params, ranks)?;
         let features = match target {
             Some(target) => {
                 Features::Online { target: Box::new(target), read: read_rows(&data), data, ahead: None }
@@ -95,24 +99,40 @@ impl Subject {
             (None, Features::Online { .. }) => unreachable!("the target has run"),
         };
         lap()?;
+        self.optimizer.gather(&mut self.params)?;
         let tape = Tape::recording(&self.params);
         let pending = self.method.loss(&tape, batch)?;
         lap()?;
-        let grads = tape.backward()?;
+        let grads = backward(tape, &mut self.optimizer, &self.params)?;
         lap()?;
         let lr = self.optimizer.config().lr;
-        let report = self.optimizer.step(&mut self.params, &grads, pending.weight, lr)?;
+        let report = self.optimizer.step(&mut self.params, &grads, (pending.weight, lr))?;
         lap()?;
         Ok(Pending { loss: pending.loss, report })
+    }
+
+    /// The loss of a batch, of which those that share its rows have a share each. All ranks call this.
+    pub(in crate::commands) fn of_batch(&self, share: Ratio) -> Result<f64> {
+        let Some(Ranks { mesh, .. }) = self.optimizer.ranks() else { return Ok(share.value()) };
+        let mut sums = Tensor::from_f64(mesh.device, vec![share.sum, share.weight])?;
+        mesh.sequence.all_reduce(&mut sums, Combine::Sum)?;
+        let sums = sums.later_f64()?.wait()?;
+        Ok(Ratio { sum: sums[0], weight: sums[1] }.value())
+    }
+
+    /// What left this rank in each of the first steps, which were so many; nothing alone.
+    pub(in crate::commands) fn sent(&self, steps: u32) -> Option<Sent> {
+        self.optimizer.ranks().map(|_| self.optimizer.sent().per_step(u64::from(steps)))
     }
 }
 
 impl Pending {
-    /// The loss; waits for the step. One that is not finite says that what was measured is no training.
-    pub(in crate::commands) fn wait(self) -> Result<f64> {
-        let (loss, report) = (self.loss.wait()?.objective.value(), self.report.wait()?);
-        let finite = loss.is_finite() && report.grad_norm.is_finite();
-        anyhow::ensure!(finite, "the step gave loss {loss} and gradient norm {}", report.grad_norm);
+    /// This rank's share of the loss; waits for the step. One that is not finite says that what was measured is no
+    /// training.
+    pub(in crate::commands) fn wait(self) -> Result<Ratio> {
+        let (loss, report) = (self.loss.wait()?.objective, self.report.wait()?);
+        let finite = loss.sum.is_finite() && report.grad_norm.is_finite();
+        anyhow::ensure!(finite, "the step gave loss {} and gradient norm {}", loss.sum, report.grad_norm);
         Ok(loss)
     }
 }

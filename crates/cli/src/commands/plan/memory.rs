@@ -425,7 +425,7 @@ mod tests {
     fn bench(&(preset, [documents, each], live, online, _): &Line, device: Device) -> f64 {
         let (info, config) = (preset.info().unwrap(), Config::default());
         let dims = Dims::resolve(&config, &info, preset.vocab(info.vocab_size).unwrap().len()).unwrap();
-        let data = Data::draw(format!("{documents}x{each}").parse().unwrap(), live, info.vocab_size);
+        let data = Data::draw(format!("{documents}x{each}").parse().unwrap(), (live, 0), info.vocab_size);
         let rows = Rows::of(&data.bounds, &data.loss_mask, config.ttt_steps);
         let storage = Storage::of(device, if device == Device::Cpu { 4 } else { 2 });
         let frozen = online.map_or(Frozen::Rows, |[matrix, table]| Frozen::Whole { matrix, table });
@@ -481,10 +481,11 @@ mod tests {
             let line = (Preset::Quickstart, [4, 128], 1.0, online, 0.0);
             let (info, config) = (line.0.info().unwrap(), Config::default());
             let source = if online.is_some() { Source::Target(None) } else { Source::Store };
-            let data = Data::draw("4x128".parse().unwrap(), 1.0, info.vocab_size);
+            let data = Data::draw("4x128".parse().unwrap(), (1.0, 0), info.vocab_size);
             let vocab = line.0.vocab(info.vocab_size).unwrap();
             let (held, ()) = heap::peak_of(|| {
-                let mut subject = Subject::new((&info, vocab), &config, data, source, Device::Cpu).unwrap();
+                let mut subject =
+                    Subject::new((&info, vocab), &config, data, source, (Device::Cpu, None)).unwrap();
                 for _ in 0..2 {
                     subject.step(&mut || Ok(())).unwrap().wait().unwrap();
                 }

@@ -8,8 +8,9 @@ use super::super::floor::Floor;
 use super::super::flops::{self, Rows, Sizes, Work};
 use super::super::subject::PHASES;
 use super::super::{speed, tflops};
+use super::ranks::Over;
 use super::{Args, Measured, Memory, Mode};
-use crate::show::{bytes, rate};
+use crate::show::{bytes, rate, sent_text};
 
 pub(super) fn print(
     args: &Args,
@@ -21,22 +22,24 @@ pub(super) fn print(
     let work = [flops::ours(sizes, rows), flops::specforge(sizes, rows)];
     let facts = facts(args, measured, floor, rows, work);
     let ms = measured.step.median;
+    let of_batch = args.over.of_batch() as f64;
     let mut lines = vec![
         ("bench", title(args)),
         ("step", measured.step.text()),
-        ("speed", rate(rows.tokens as f64 / ms * 1e3)),
+        ("speed", rate(tokens_per_second(args, rows, ms))),
         ("host", format!("asks for a step in {:.3} ms", measured.host_ms)),
         ("phases", phases_text(args, measured)),
         ("rows", rows_text(rows)),
-        ("work", work_text(work, rows, ms)),
+        ("work", work_text(work, rows, ms * of_batch)),
     ];
+    lines.extend(measured.sent.map(|sent| ("sent", format!("{} a step", sent_text(sent)))));
     lines.extend(floor.map(|floor| ("floor", floor_text(floor, ms))));
     lines.extend(measured.memory.as_ref().map(|memory| ("memory", memory_text(memory))));
     args.output.print(device, facts, lines)
 }
 
 fn facts(args: &Args, measured: &Measured, floor: Option<&Floor>, rows: &Rows, work: [Work; 2]) -> Value {
-    let ms = measured.step.median;
+    let (ms, of_batch) = (measured.step.median, args.over.of_batch() as f64);
     let phase =
         |i: usize| if i == 0 && args.mode == Mode::Offline { Value::Null } else { measured.phases[i].into() };
     let phases: serde_json::Map<String, Value> =
@@ -51,9 +54,11 @@ fn facts(args: &Args, measured: &Measured, floor: Option<&Floor>, rows: &Rows, w
         "target_dtype": args.target_dtype,
         "warmup": args.repeats.warmup,
         "steps": args.repeats.steps,
+        "ranks": args.over,
         "step_ms": measured.step,
         "host_ms": measured.host_ms,
-        "tokens_per_second": rows.tokens as f64 / ms * 1e3,
+        "tokens_per_second": tokens_per_second(args, rows, ms),
+        "sent_bytes": measured.sent,
         "phases_ms": phases,
         "rows": rows,
         "flop": { "ours": ours, "specforge": specforge },
@@ -62,13 +67,18 @@ fn facts(args: &Args, measured: &Measured, floor: Option<&Floor>, rows: &Rows, w
             "specforge": total(specforge) / rows.tokens as f64 / 1e9,
             "specforge_products": specforge.products / rows.tokens as f64 / 1e9,
         },
-        "tflops": tflops(total(ours), ms),
-        "tflops_as_specforge": tflops(total(specforge), ms),
+        "tflops": tflops(total(ours) / of_batch, ms),
+        "tflops_as_specforge": tflops(total(specforge) / of_batch, ms),
         "floor": floor,
         "step_over_floor": floor.map(|floor| ms / floor.ms),
         "memory": measured.memory,
         "loss": measured.loss,
     })
+}
+
+/// Of all ranks.
+fn tokens_per_second(args: &Args, rows: &Rows, ms: f64) -> f64 {
+    (rows.tokens * args.over.data) as f64 / ms * 1e3
 }
 
 fn total(work: Work) -> f64 {
@@ -77,7 +87,13 @@ fn total(work: Work) -> f64 {
 
 fn title(args: &Args) -> String {
     let mode = if args.mode == Mode::Online { "online" } else { "offline" };
-    format!("{} {}, live {}, {mode}", args.preset.name(), args.tokens, args.live)
+    let Over { data, sequence, tensor, .. } = args.over;
+    let ranks = if args.over.all() == 1 {
+        String::new()
+    } else {
+        format!(", data {data} x sequence {sequence} x tensor {tensor}")
+    };
+    format!("{} {}, live {}, {mode}{ranks}", args.preset.name(), args.tokens, args.live)
 }
 
 fn phases_text(args: &Args, measured: &Measured) -> String {
