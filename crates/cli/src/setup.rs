@@ -166,6 +166,7 @@ pub(crate) fn frozen(plan: &RunPlan, info: &TargetInfo) -> Result<Frozen> {
 /// How attention reaches the rows of other ranks.
 pub(crate) fn exchange(plan: &RunPlan) -> Exchange {
     match plan.parallel.exchange {
+        specforge_config::Exchange::Gather => Exchange::Gather,
         specforge_config::Exchange::Ring => Exchange::Ring,
         specforge_config::Exchange::Heads => Exchange::Heads,
     }

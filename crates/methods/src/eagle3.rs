@@ -14,6 +14,7 @@ mod drafter;
 mod plan;
 mod reach;
 mod shares;
+mod slice;
 #[cfg(test)]
 mod tests;
 
@@ -327,15 +328,8 @@ impl Eagle3 {
         let device = batch.hidden_states.device();
         // 1. Everything that all rows share: projected states, the embedding half, step-0 keys and values. Only attention
         // reaches beyond this rank's slice of the rows.
-        let slice = &plan.slice;
-        let hidden_states = if slice.rows.len() < batch.n_tokens() {
-            batch.hidden_states.rows(slice.rows.clone())?
-        } else {
-            batch.hidden_states.clone()
-        };
-        let g = self.project(tape, &tape.input(hidden_states))?;
-        let tokens = batch.input_ids[slice.tokens.clone()].to_vec();
-        let half = self.embedding_half(tape, &Tensor::from_u32(device, tokens))?;
+        let g = self.project(tape, &plan.slice.hidden_states(tape, batch)?)?;
+        let half = self.embedding_half(tape, &Tensor::from_u32(device, plan.slice.tokens(batch)))?;
         let n = tape.rms_norm(&g, m.hidden_norm, self.eps())?;
         let reach = Reach::new(plan, self.attention_shape(), self.ranks.sequence(), device);
         let base = self.keys_values(tape, (&n, &half), &plan.all_rows(batch, device))?;
@@ -430,7 +424,9 @@ impl DraftMethod for Eagle3 {
         let teacher = self.teacher(&batch.teacher)?;
         let plan = Plan::new(self, batch, &teacher.argmax);
         let plan = match self.ranks.sequence() {
-            Some(Sequence { ranks, .. }) => plan.share((ranks.rank(), ranks.size()), self.config.ttt_steps),
+            Some(Sequence { ranks, exchange }) => {
+                plan.share((ranks.rank(), ranks.size()), *exchange, self.config.ttt_steps)
+            }
             None => plan,
         };
         // 2. The steps.

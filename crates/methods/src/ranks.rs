@@ -33,6 +33,9 @@ pub enum Exchange {
     Heads,
     /// Key blocks pass around (Liu et al., 2023): any number of ranks.
     Ring,
+    /// All keys and values come to every rank (as in Llama 3's training; Grattafiori et al., 2024), once for all steps: any
+    /// number of ranks.
+    Gather,
 }
 
 /// How many ranks share the work on one batch, and how.

@@ -38,7 +38,8 @@ fn parallel_sequence_ranks_train_what_one_trains() {
     let world = World::new();
     world.ok(&["train", "recipe.toml", "--set", "name=alone"]);
     let one = "parallel.data=1";
-    check(&world, "ring", &[one, "parallel.sequence=3"]);
+    check(&world, "gather", &[one, "parallel.sequence=3"]);
+    check(&world, "ring", &[one, "parallel.sequence=3", "parallel.exchange=ring"]);
     check(&world, "heads", &[one, "parallel.sequence=2", "parallel.exchange=heads"]);
     let both = ["parallel.data=2", "parallel.sequence=2", "parallel.fsdp=gradients"];
     check(&world, "both", &both);
@@ -52,7 +53,7 @@ fn parallel_what_a_sequence_cannot_is_refused() {
     let base =
         ["train", "recipe.toml", "--set", "parallel.ranks-in-process=true", "--set", "parallel.data=1"];
     for (sets, message) in [
-        (&["parallel.sequence=8", "parallel.exchange=heads"][..], "pass keys around a ring"),
+        (&["parallel.sequence=8", "parallel.exchange=heads"][..], "gather keys"),
         (&["parallel.sequence=2", "method.eagle3.objective=lk-alpha"], "objective"),
         (&["parallel.sequence=2", "train.on-oom=shrink"], "train.on-oom"),
         (&["parallel.sequence=0"], "parallel.sequence"),

@@ -57,7 +57,9 @@ pub enum Fsdp {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Exchange {
-    /// Keys and values pass around (ring attention): any number of ranks.
+    /// Keys and values of all tokens come to every rank, once a micro-batch: any number of ranks. Sends least.
+    Gather,
+    /// Keys and values pass around (ring attention): any number of ranks, none of which ever has all of them.
     Ring,
     /// Heads for tokens, all to all (Ulysses): `sequence` divides the draft's key-value heads.
     Heads,
@@ -81,7 +83,7 @@ impl Default for ParallelConfig {
             shards: None,
             reduce: ReduceDType::F32,
             sequence: 1,
-            exchange: Exchange::Ring,
+            exchange: Exchange::Gather,
             tensor: 1,
             target_tensor: None,
             target_ranks: 0,

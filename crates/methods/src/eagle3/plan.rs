@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use specforge_tensor::{Device, LossRows, Spans, Tensor};
 
+use super::slice::Slice;
 use super::{Eagle3, LossMask, Normalization};
-use crate::Batch;
+use crate::{Batch, Exchange};
 
 /// The token each row reads and the position it sits at.
 pub(super) struct At {
@@ -40,26 +41,6 @@ pub(super) struct Plan {
     pub(super) weight: f64,
     /// The rows of the batch that are this rank's.
     pub(super) slice: Slice,
-}
-
-/// The share of a batch's rows that one rank computes.
-pub(super) struct Slice {
-    /// The rows. A rank that would have none stands in with the last row, which then is nobody's key and has no loss.
-    pub(super) rows: Range<usize>,
-    /// The tokens that they read at some step.
-    pub(super) tokens: Range<usize>,
-    /// Keys of this rank, and of a rank at most.
-    pub(super) n_keys: usize,
-    pub(super) each: usize,
-    /// The keys that the live rows of every rank see; empty where one has all rows.
-    pub(super) sights: Vec<Vec<Range<u32>>>,
-}
-
-impl Slice {
-    /// All rows.
-    fn whole(n: usize) -> Self {
-        Self { rows: 0..n, tokens: 0..n, n_keys: n, each: n, sights: Vec::new() }
-    }
 }
 
 impl Plan {
@@ -115,26 +96,22 @@ impl Plan {
 
     /// The share of rank `rank` of `size`, `steps` test-time-training steps being read ahead. Sums of losses are its
     /// rows' own; what figures are divided by is the first rank's, so that all of them add up to the batch's.
-    pub(super) fn share(self, (rank, size): (usize, usize), steps: usize) -> Self {
-        let n = self.slice.rows.end;
-        let each = n.div_ceil(size);
-        let of = |rank: usize| (rank * each).min(n)..((rank + 1) * each).min(n);
-        let (keys, has_rows) = (of(rank), !of(rank).is_empty());
-        let rows = if has_rows { keys.clone() } else { n - 1..n };
+    pub(super) fn share(self, (rank, size): (usize, usize), exchange: Exchange, steps: usize) -> Self {
+        let mut slice = Slice::dealt(self.slice.rows.len(), (rank, size), exchange, steps);
         // 1. Live rows of every rank; at least one, so that all take part in every exchange.
-        let live_of = |rows: &Range<usize>| -> Vec<usize> {
-            let own = |p: &u32| rows.contains(&(*p as usize));
-            (0..self.live.len()).filter(|&i| own(&self.live[i])).collect()
+        let live_of = |rank: usize| -> Vec<usize> {
+            let own = |&i: &usize| slice.keys[rank].contains(self.live[i] as usize);
+            (0..self.live.len()).filter(own).collect()
         };
         let sight_of = |rank: usize| -> Vec<Range<u32>> {
             let sight: Vec<Range<u32>> =
-                live_of(&of(rank)).into_iter().map(|i| self.documents[i].start..self.live[i] + 1).collect();
+                live_of(rank).into_iter().map(|i| self.documents[i].start..self.live[i] + 1).collect();
             if sight.is_empty() { std::iter::once(0..0).collect() } else { sight }
         };
-        let sights = (0..size).map(sight_of).collect();
-        let own = live_of(&keys);
-        let stand_in = rows.start as u32;
+        let own = live_of(rank);
+        let sights = if exchange == Exchange::Heads { (0..size).map(sight_of).collect() } else { Vec::new() };
         let (live, documents) = if own.is_empty() {
+            let stand_in = slice.rows.iter().next().unwrap_or(0) as u32;
             (vec![stand_in], std::iter::once(stand_in..stand_in + 1).collect())
         } else {
             (
@@ -142,6 +119,7 @@ impl Plan {
                 own.iter().map(|&i| self.documents[i].clone()).collect(),
             )
         };
+        slice.sights = sights;
         // 2. Rows with loss, and the place of each among the live ones.
         let is_own = |source: u32| own.binary_search(&(source as usize));
         let kept: Vec<usize> = (0..self.sources.len()).filter(|&r| is_own(self.sources[r]).is_ok()).collect();
@@ -159,13 +137,7 @@ impl Plan {
             best: pick(&self.best),
             supervised: self.supervised.iter().map(|n| first * n).collect(),
             weight: self.weight,
-            slice: Slice {
-                tokens: rows.start..(rows.end + steps).min(n),
-                n_keys: if has_rows { rows.len() } else { 0 },
-                rows,
-                each,
-                sights,
-            },
+            slice,
             live,
             documents,
         }
@@ -178,24 +150,23 @@ impl Plan {
         pairs.map(move |(p, document)| if is_own { document.start..p + 1 } else { 0..0 })
     }
 
-    /// Step 0 of every row of the slice: the token after it in its document (`u32::MAX` at the end), counted from the
-    /// slice's first, and its own position.
+    /// Step 0 of every row of the slice: the token after it in its document (`u32::MAX` at the end), by its place among
+    /// the slice's, and its own position.
     pub(super) fn all_rows(&self, batch: &Batch, device: Device) -> At {
-        let mut token: Vec<u32> = (1..=batch.n_tokens() as u32).collect();
-        batch.bounds.iter().for_each(|b| token[b.end - 1] = u32::MAX);
-        let Slice { rows, tokens, .. } = &self.slice;
-        let token =
-            token[rows.clone()].iter().map(|&t| if t == u32::MAX { t } else { t - tokens.start as u32 });
-        At::new(device, token.collect(), batch.positions[rows.clone()].to_vec())
+        let (slice, rows) = (&self.slice, &self.slice.rows);
+        let is_last = |row: usize| batch.bounds.iter().any(|bounds| bounds.end == row + 1);
+        let token = rows.iter().map(|row| if is_last(row) { u32::MAX } else { slice.token(row, 1) });
+        At::new(device, token.collect(), rows.iter().map(|row| batch.positions[row]).collect())
     }
 
-    /// Live rows at a TTT step; tokens are counted from the slice's first.
+    /// Live rows at a TTT step; tokens by their places among the slice's.
     pub(super) fn live_rows(&self, batch: &Batch, step: usize, device: Device) -> At {
-        let (step, first) = (step as u32, self.slice.tokens.start as u32);
-        let token =
-            |(&p, d): (&u32, &Range<u32>)| if p + 1 + step < d.end { p + 1 + step - first } else { u32::MAX };
+        let token = |(&p, d): (&u32, &Range<u32>)| {
+            let ahead = 1 + step as u32;
+            if p + ahead < d.end { self.slice.token(p as usize, ahead as usize) } else { u32::MAX }
+        };
         let token = self.live.iter().zip(&self.documents).map(token).collect();
-        let position = self.live.iter().map(|&p| batch.positions[p as usize] + step).collect();
+        let position = self.live.iter().map(|&p| batch.positions[p as usize] + step as u32).collect();
         At::new(device, token, position)
     }
 
@@ -205,10 +176,10 @@ impl Plan {
         Spans { lo: Tensor::from_u32(device, lo), hi: Tensor::from_u32(device, hi) }
     }
 
-    /// The live rows, counted from the slice's first.
+    /// The live rows, by their places among the slice's.
     pub(super) fn live_in_slice(&self, device: Device) -> Tensor {
-        let first = self.slice.rows.start as u32;
-        Tensor::from_u32(device, self.live.iter().map(|p| p - first).collect())
+        let place = |&p: &u32| self.slice.rows.before(p as usize) as u32;
+        Tensor::from_u32(device, self.live.iter().map(place).collect())
     }
 
     /// A step's rows with loss: their live rows, and their places among all rows with loss.

@@ -7,7 +7,8 @@ use specforge_tensor::{
     Attention, AttentionShape, Device, Group, KeyValue, Part, RingAttention, Spans, Tape, Tensor, Var,
 };
 
-use super::plan::{Plan, Slice};
+use super::plan::Plan;
+use super::slice::{Pieces, Slice};
 use crate::{Exchange, Result, Sequence};
 
 /// One further key per query of every step before, as attention takes it.
@@ -22,6 +23,8 @@ pub(super) struct Reach<'m> {
 enum How<'m> {
     /// Every key is here.
     Here(Spans),
+    /// Every key comes here, once for all steps; their gradients go home once, added up.
+    Gather { ranks: &'m Arc<dyn Group>, spans: Spans, base: Tensor, places: Tensor },
     /// All rows with some heads, then back. Rows are filled up to as many as any rank has.
     Heads { ranks: &'m Arc<dyn Group>, spans: Spans, fill: Tensor, own: Tensor, base: Tensor },
     /// Spans within the keys of each rank.
@@ -54,9 +57,11 @@ impl<'m> Reach<'m> {
         let how = match exchange {
             Exchange::Heads => Self::by_heads(plan, slice, ranks, base, device),
             Exchange::Ring => {
-                let of =
-                    |rank: usize| spans(device, plan.sight().map(|keys| within(&keys, rank, slice.each)));
-                How::Ring { ranks, spans: (0..ranks.size()).map(of).collect(), base }
+                let of = |keys: &Pieces| spans(device, plan.sight().map(|seen| within(&seen, keys)));
+                How::Ring { ranks, spans: slice.keys.iter().map(of).collect(), base }
+            }
+            Exchange::Gather => {
+                How::Gather { ranks, spans: plan.spans(device), base, places: slice.places_of_keys(device) }
             }
         };
         Self { shape, how }
@@ -90,13 +95,19 @@ impl<'m> Reach<'m> {
             How::Here(_) => KeyValue::packed(packed, 0, self.shape),
             How::Heads { ranks, base, .. } => self.exchanged(tape, packed, 0, base, ranks)?,
             How::Ring { base, .. } => KeyValue::packed(&tape.gather_rows(packed, base)?, 0, self.shape),
+            How::Gather { ranks, base, places, .. } => {
+                let all = tape.gather_ranks(&tape.gather_rows(packed, base)?, ranks)?;
+                KeyValue::packed(&tape.gather_rows(&all, places)?, 0, self.shape)
+            }
         })
     }
 
     /// This step's own keys and values, columns of `packed` from `first` on, for the steps after it.
     pub(super) fn extra(&self, tape: &Tape<'_>, packed: &Var, first: usize) -> Result<KeyValue> {
         Ok(match &self.how {
-            How::Here(_) | How::Ring { .. } => KeyValue::packed(packed, first, self.shape),
+            How::Here(_) | How::Ring { .. } | How::Gather { .. } => {
+                KeyValue::packed(packed, first, self.shape)
+            }
             How::Heads { ranks, fill, .. } => self.exchanged(tape, packed, first, fill, ranks)?,
         })
     }
@@ -128,7 +139,7 @@ impl<'m> Reach<'m> {
     ) -> Result<Var> {
         let shape = self.shape;
         match &self.how {
-            How::Here(spans) => {
+            How::Here(spans) | How::Gather { spans, .. } => {
                 let query = Part::new(packed, 0);
                 Ok(tape.attention(&Attention { shape, query, base, spans, extras })?)
             }
@@ -149,9 +160,9 @@ impl<'m> Reach<'m> {
     }
 }
 
-/// The keys `keys` as far as they are among the `each` of one rank, counted from its first; those of rows in order never
-/// decrease, also where they are none.
-fn within(keys: &Range<u32>, rank: usize, each: usize) -> (u32, u32) {
-    let (first, end) = ((rank * each) as u32, ((rank + 1) * each) as u32);
-    (keys.start.clamp(first, end) - first, keys.end.clamp(first, end) - first)
+/// The keys `seen` as far as they are among those of one rank, by their places there, where they are in one piece; those of
+/// rows in order never decrease, also where they are none.
+fn within(seen: &Range<u32>, keys: &Pieces) -> (u32, u32) {
+    let place = |key: u32| keys.before(key as usize) as u32;
+    (place(seen.start), place(seen.end))
 }

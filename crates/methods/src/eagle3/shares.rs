@@ -50,7 +50,7 @@ pub(super) fn check(config: &Config, dims: &Dims, ranks: Counts) -> Result<()> {
     let heads = (dims.num_key_value_heads / size).max(1);
     if exchange == Exchange::Heads && !heads.is_multiple_of(n) {
         let reason = format!(
-            "{n} ranks exchange heads for rows (parallel.sequence), expected a multiple of {n} on each; pass keys around a ring instead"
+            "{n} ranks exchange heads for rows (parallel.sequence), expected a multiple of {n} on each; gather keys instead (parallel.exchange)"
         );
         return Err(config_error("num-key-value-heads", heads.to_string(), reason));
     }

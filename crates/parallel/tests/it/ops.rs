@@ -91,6 +91,17 @@ fn parallel_heads_for_rows_have_the_gradient_of_differences() {
     same.iter().for_each(|(there, back)| assert_eq!(there, back));
 }
 
+#[test]
+fn parallel_gathered_rows_have_the_gradient_of_differences() {
+    let op = |tape: &Tape<'_>, x: &Var, ranks: &Ranks| {
+        let y = tape.gather_ranks(x, ranks).unwrap();
+        assert_eq!(y.value().shape(), [ranks.size() * ROWS, 6]);
+        tape.swiglu(&y).unwrap()
+    };
+    check("gathered by 2", &op, &inputs(2, 6));
+    check("gathered by 3", &op, &inputs(3, 6));
+}
+
 const SHAPE: AttentionShape = AttentionShape { n_heads: 4, n_kv_heads: 2, head_dim: 8, scale: 0.35 };
 const KV: usize = 16;
 /// Queries, keys and values of a row, and its two extra pairs.

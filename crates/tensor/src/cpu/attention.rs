@@ -224,19 +224,22 @@ fn softmax(row: &mut [f32], visible: Range<usize>, n_keys: usize, sink: f32) -> 
 /// Two attentions of the same queries as one, each weighed by its share of the sum of exponentials.
 pub(super) fn merge(a: &(Tensor, Tensor), b: &(Tensor, Tensor)) -> (Tensor, Tensor) {
     let (lse_a, lse_b) = (a.1.f32s(), b.1.f32s());
-    let lse: Vec<f32> = lse_a.iter().zip(lse_b.iter()).map(|(a, b)| log_sum(*a, *b)).collect();
+    let sums: Vec<f64> = lse_a.iter().zip(lse_b.iter()).map(|(a, b)| log_sum(*a, *b)).collect();
+    let lse: Vec<f32> = sums.iter().map(|&sum| sum as f32).collect();
     let (mut out, more, dim) = (a.0.to_f32(), b.0.f32s(), a.0.len() / lse.len().max(1));
     let heads = out.par_chunks_mut(dim.max(1)).zip(more.par_chunks(dim.max(1))).enumerate();
     heads.for_each(|(i, (out, more))| {
-        let share = |of: f32| if of == f32::NEG_INFINITY { 0.0 } else { (of - lse[i]).exp() };
+        let share =
+            |of: f32| if of == f32::NEG_INFINITY { 0.0 } else { (f64::from(of) - sums[i]).exp() as f32 };
         let (own, other) = (share(lse_a[i]), share(lse_b[i]));
         out.iter_mut().zip(more).for_each(|(o, m)| *o = own * *o + other * m);
     });
     (tensor(out, a.0.shape()), tensor(lse, a.1.shape()))
 }
 
-/// `ln(e^a + e^b)`.
-fn log_sum(a: f32, b: f32) -> f32 {
+/// `ln(e^a + e^b)`; in float64, so that the shares of both add up to one.
+fn log_sum(a: f32, b: f32) -> f64 {
+    let (a, b) = (f64::from(a), f64::from(b));
     let most = a.max(b);
-    if most == f32::NEG_INFINITY { most } else { most + ((a - most).exp() + (b - most).exp()).ln() }
+    if most == f64::NEG_INFINITY { most } else { most + ((a - most).exp() + (b - most).exp()).ln() }
 }

@@ -1,5 +1,5 @@
-//! Attention over rows that ranks share: heads for rows and back (Ulysses; Jacobs et al., 2023), and key blocks that pass
-//! around a ring (Liu et al., 2023).
+//! Attention over rows that ranks share: heads for rows and back (Ulysses; Jacobs et al., 2023), key blocks that pass
+//! around a ring (Liu et al., 2023), and rows that come to all (Grattafiori et al., 2024).
 
 use std::sync::Arc;
 
@@ -34,6 +34,12 @@ struct HeadsForRows {
     back: bool,
 }
 
+struct GatherRanks {
+    x: Slot,
+    dtype: DType,
+    ranks: Ranks,
+}
+
 struct Ring {
     saved: Saved,
     base: Var,
@@ -54,6 +60,14 @@ impl Tape<'_> {
     pub fn heads_to_rows(&self, x: &Var, ranks: &Ranks) -> Result<Var> {
         let y = heads_to_rows(x.value(), ranks)?;
         let node = || Box::new(HeadsForRows { x: x.into(), ranks: ranks.clone(), back: true });
+        Ok(self.record(y, self.any_needed(&[x]), || node()))
+    }
+
+    /// The rows x `[R, W]` of all ranks, `[size · R, W]`, those of rank 0 first; in the backward every rank's gradients of a
+    /// row are added up in float32 where it came from. All ranks have as many rows.
+    pub fn gather_ranks(&self, x: &Var, ranks: &Ranks) -> Result<Var> {
+        let (y, dtype) = (ranks.all_gather(x.value())?, x.value().dtype());
+        let node = || Box::new(GatherRanks { x: x.into(), dtype, ranks: ranks.clone() });
         Ok(self.record(y, self.any_needed(&[x]), || node()))
     }
 
@@ -158,6 +172,13 @@ impl Backward for HeadsForRows {
     fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
         let d = if self.back { rows_to_heads(&dy, &self.ranks)? } else { heads_to_rows(&dy, &self.ranks)? };
         sink.add(self.x, d)
+    }
+}
+
+impl Backward for GatherRanks {
+    fn backward(self: Box<Self>, dy: Tensor, sink: &mut Sink<'_>) -> Result<()> {
+        let dx = self.ranks.reduce_scatter(&dy.cast(DType::F32)?)?;
+        sink.add(self.x, dx.cast(self.dtype)?)
     }
 }
 

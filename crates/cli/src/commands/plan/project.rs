@@ -257,6 +257,7 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
         rows: &of_step,
         micro_batches: accumulation as f64,
         element: element as f64,
+        exchange: subject.plan.parallel.exchange,
     };
     let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * accumulation as f64 };
     let optimizer = card.optimizer(dims, layout.tensor, layout.shards());

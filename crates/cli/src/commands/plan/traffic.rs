@@ -4,11 +4,14 @@
 //! and all-gather half of it. Ranks of a sequence all-reduce gradients, then those of other batches do, or (ZeRO,
 //! Rajbhandari et al., 2020) reduce-scatter gradients and gather weights once a step; from level 2 on gradients are sent
 //! after every micro-batch. Tensor parallel (Shoeybi et al., 2019): two all-reduces
-//! of the rows forward and two backward, for every layer, and the gradients of what no rank shares; the frozen target has no backward.
-//! Ulysses (Jacobs et al., 2023): all-to-alls of queries, keys,
-//! values and outputs, forward and backward, of which (n - 1)/n leaves a rank.
+//! of the rows forward and two backward, for every layer, and the gradients of what no rank shares; the frozen target has
+//! no backward.
+//! Ranks of a sequence exchange step-0 keys and values: once for all steps, and their float32 gradients once (`gather`); or
+//! in every step, forward and backward, the gradients going with them (`ring`; Liu et al., 2023). Or queries, keys, values
+//! and outputs of every step go all to all, of which (n - 1)/n leaves a rank (`heads`; Jacobs et al., 2023).
 
 use serde::Serialize;
+use specforge_config::Exchange;
 use specforge_methods::eagle3::Dims;
 use specforge_models::TargetInfo;
 
@@ -40,7 +43,7 @@ pub(super) struct Traffic {
     pub(super) head_bytes: f64,
     /// Rows, between tensor-parallel ranks.
     pub(super) tensor_bytes: f64,
-    /// Heads, between sequence-parallel ranks.
+    /// Keys, values and their gradients, or heads, between sequence-parallel ranks.
     pub(super) sequence_bytes: f64,
     /// Rows of the target, between ranks that share it; or features, from ranks of its own.
     pub(super) target_bytes: f64,
@@ -60,6 +63,7 @@ pub(super) struct Sizes<'a> {
     pub(super) rows: &'a Rows,
     pub(super) micro_batches: f64,
     pub(super) element: f64,
+    pub(super) exchange: Exchange,
 }
 
 impl Links {
@@ -150,10 +154,20 @@ pub(super) fn of_target(s: &Sizes<'_>, layout: Layout, links: &Links) -> f64 {
 }
 
 fn sequence_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
-    let d = s.dims;
-    let width = (2 * (d.num_attention_heads + d.num_key_value_heads) * d.head_dim) as f64;
-    let rows = s.rows.live as f64 / layout.sequence as f64;
-    2.0 * share(layout.sequence) * s.element * s.steps as f64 * rows * width / layout.tensor as f64
+    let (d, away, steps) = (s.dims, share(layout.sequence), s.steps as f64);
+    if away == 0.0 {
+        return 0.0;
+    }
+    let kv = (2 * d.num_key_value_heads * d.head_dim) as f64 / layout.tensor as f64;
+    let (keys, gradients) = (s.rows.tokens as f64 * kv * s.element, s.rows.tokens as f64 * kv * 4.0);
+    match s.exchange {
+        Exchange::Gather => away * (keys + gradients),
+        Exchange::Ring => steps * (2.0 * away * keys + gradients),
+        Exchange::Heads => {
+            let width = kv + (2 * d.num_attention_heads * d.head_dim) as f64 / layout.tensor as f64;
+            2.0 * away * s.element * steps * s.rows.live as f64 / layout.sequence as f64 * width
+        }
+    }
 }
 
 #[cfg(test)]
@@ -171,7 +185,9 @@ mod tests {
         assert!((n / 425e6 - 1.0).abs() < 0.01, "{n}");
         let mut rows = Rows::default();
         rows.add_document(&[1; 2048], 7);
-        let s = Sizes { dims: &dims, target: None, steps: 7, rows: &rows, micro_batches: 1.0, element: 2.0 };
+        let exchange = Exchange::Gather;
+        let (target, micro_batches, element) = (None, 1.0, 2.0);
+        let s = Sizes { dims: &dims, target, steps: 7, rows: &rows, micro_batches, element, exchange };
         let links = Links { link: 100e9, network: 10e9, per_node: 8 };
         let at = |layout| of(&s, layout, &links);
         let plain = at(Layout { data: 8, ..Layout::ALONE });
@@ -187,6 +203,14 @@ mod tests {
         let agreed = 2.0 * (4096.0 * 3.0 * 4096.0 + 4.0 * 4096.0);
         assert_eq!(tensor.tensor_bytes, 2.0 * 4096.0 * (28.0 * 2047.0 + 14_308.0) + agreed);
         assert_eq!(at(Layout::ALONE).waited_seconds, 0.0);
+        // Keys and values, [2048, 2 * 1024], and their gradients: once, or in every step.
+        let keys = 2048.0 * 2.0 * 1024.0;
+        let sequence = Layout { sequence: 4, ..Layout::ALONE };
+        assert_eq!(at(sequence).sequence_bytes, 0.75 * 6.0 * keys);
+        let ring = of(&Sizes { exchange: Exchange::Ring, ..s }, sequence, &links);
+        assert_eq!(ring.sequence_bytes, 7.0 * (1.5 * 2.0 + 4.0) * keys);
+        let heads = of(&Sizes { exchange: Exchange::Heads, ..s }, sequence, &links);
+        assert_eq!(heads.sequence_bytes, 7.0 * 1.5 * 2.0 * (2047.0 / 4.0) * 2.0 * (4096.0 + 1024.0));
         // The target of eight ranks runs over the rows of all eight.
         let online = Sizes { target: Some(&info), ..s };
         let shared = of(&online, Layout { data: 8, target: 8, ..Layout::ALONE }, &links);

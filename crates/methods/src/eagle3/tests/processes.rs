@@ -29,7 +29,7 @@ fn parallel_processes_train_as_one() {
         let of = |data, sequence, tensor, exchange| ranks::Shape { data, sequence, tensor, exchange };
         ranks::check_on(&world, &dir, ranks::Shape { data: size, ..alone });
         ranks::check_on(&world, &dir, ranks::Shape { tensor: size, ..alone });
-        for exchange in [Exchange::Heads, Exchange::Ring] {
+        for exchange in [Exchange::Heads, Exchange::Ring, Exchange::Gather] {
             let shape = of(size / 2, 2, 1, exchange);
             ranks::check_on(&world, &dir, shape);
         }

@@ -179,10 +179,12 @@ fn parallel_tensor_ranks_train_as_one() {
 
 #[test]
 fn parallel_sequence_ranks_train_as_one() {
-    for exchange in [Exchange::Heads, Exchange::Ring] {
+    for exchange in [Exchange::Heads, Exchange::Ring, Exchange::Gather] {
         check("eagle3-basic", Shape { sequence: 2, exchange, ..ALONE });
     }
-    check("eagle3-basic", Shape { sequence: 3, ..ALONE });
+    for exchange in [Exchange::Ring, Exchange::Gather] {
+        check("eagle3-basic", Shape { sequence: 3, exchange, ..ALONE });
+    }
     check("eagle3.1-fc-norm", Shape { sequence: 2, exchange: Exchange::Heads, ..ALONE });
 }
 
@@ -218,7 +220,8 @@ fn parallel_short_batches_leave_ranks_without_rows() {
     let alone = load(&dir);
     let batch = short(&alone);
     let want = train(alone, &[batch], &Ranks::default(), None);
-    for (size, exchange) in [(2, Exchange::Heads), (4, Exchange::Ring), (7, Exchange::Ring)] {
+    let both = [4, 7].map(|size| [(size, Exchange::Ring), (size, Exchange::Gather)]);
+    for (size, exchange) in both.concat().into_iter().chain([(2, Exchange::Heads)]) {
         let got = threads::run(size, PATIENCE, |group| {
             let ranks = Ranks { tensor: None, sequence: Some(Sequence { ranks: group.clone(), exchange }) };
             let case = load_on(&dir, &ranks);
@@ -272,7 +275,7 @@ fn parallel_drafts_that_do_not_come_out_even_are_refused() {
         }
     };
     let message = refuse(4, &sequence(Exchange::Heads, ObjectiveName::Kl));
-    assert!(message.contains("num-key-value-heads = 2") && message.contains("ring"), "{message}");
+    assert!(message.contains("num-key-value-heads = 2") && message.contains("gather"), "{message}");
     let message = refuse(2, &sequence(Exchange::Ring, ObjectiveName::LkAlpha));
     assert!(message.contains("objective") && message.contains("\"kl\""), "{message}");
 }

@@ -26,7 +26,7 @@ pub(super) struct Over {
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=3))]
     zero: u8,
     /// How attention reaches the rows of the other ranks of --sequence.
-    #[arg(long, value_enum, default_value_t = Exchange::Ring)]
+    #[arg(long, value_enum, default_value_t = Exchange::Gather)]
     exchange: Exchange,
     /// What gradients are sent as.
     #[arg(long, value_enum, default_value_t = Reduce::F32)]
@@ -37,6 +37,8 @@ pub(super) struct Over {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Exchange {
+    /// Keys and values of all rows come to every rank, once a step.
+    Gather,
     /// Keys and values pass around.
     Ring,
     /// Heads for rows, all to all.
@@ -71,6 +73,7 @@ impl Over {
 
     pub(super) fn exchange(&self) -> specforge_methods::Exchange {
         match self.exchange {
+            Exchange::Gather => specforge_methods::Exchange::Gather,
             Exchange::Ring => specforge_methods::Exchange::Ring,
             Exchange::Heads => specforge_methods::Exchange::Heads,
         }
