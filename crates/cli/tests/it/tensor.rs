@@ -2,10 +2,8 @@
 
 use std::process::Command;
 
-use specforge_testkit::Tensors;
-
 use crate::kill::{Running, logged};
-use crate::left::steps;
+use crate::left::{assert_same_export, steps};
 use crate::parallel::{How, assert_same_log, left, set, tokens, ways, world};
 use crate::world::{Ran, World, torn};
 
@@ -69,16 +67,7 @@ fn assert_same(world: &World, name: &str, other: &str) {
         assert_eq!(summary[key], wanted[key], "{name}: {key}");
     }
     assert_eq!(torn(&world.path(&format!("runs/{name}"))), Vec::<String>::new());
-    let read = |name| Tensors::read(world.path(&format!("runs/{name}/export/model.safetensors")));
-    let (got, want) = (read(name), read(other));
-    assert_eq!(got.names().collect::<Vec<_>>(), want.names().collect::<Vec<_>>(), "{name}");
-    for weight in want.names().filter(|name| !["d2t", "t2d"].contains(name)) {
-        let ((shape, got), (wanted, want)) = (got.f32(weight), want.f32(weight));
-        assert_eq!(shape, wanted, "{name}: {weight}");
-        let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-        let off = norm(&mut got.iter().zip(&want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
-        assert!(off < 1e-3, "{name}: {weight} is off by {off:e}");
-    }
+    assert_same_export(world, name, other);
 }
 
 #[test]
@@ -176,7 +165,6 @@ fn parallel_what_tensor_ranks_cannot_share_is_refused_before_anything_is_loaded(
     refused((1, 3), &[], &["num-attention-heads = 4", "3 ranks share it (parallel.tensor)"]);
     refused((1, 4), &["method.eagle3.draft-vocab-size=38"], &["draft-vocab-size = 38", "a multiple of 4"]);
     refused((1, 4), &["method.eagle3.intermediate-size=50"], &["intermediate-size = 50"]);
-    refused((1, 2), &["parallel.sequence=2", "method.eagle3.objective=lk-alpha"], &["objective"]);
     refused((1, 2), &["train.on-oom=shrink"], &["train.on-oom", "in the same portions"]);
     refused((1, 0), &[], &["parallel.tensor", "at least 1"]);
 }
