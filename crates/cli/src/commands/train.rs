@@ -316,8 +316,9 @@ fn shown(s: &Summary, plan: &RunPlan) -> String {
             format!("{} steps, {}, best at step {}", s.steps, rate(s.tokens_per_second), s.best_step),
         ),
     ];
-    if let Some(Sent { gradients, overlapped, weights }) = &s.sent {
-        let [gradients, overlapped, weights] = [gradients, overlapped, weights].map(|n| bytes(*n));
+    if let Some(Sent { gradients, overlapped, agreed, weights }) = &s.sent {
+        let gradients = gradients + agreed;
+        let [gradients, overlapped, weights] = [&gradients, overlapped, weights].map(|n| bytes(*n));
         let sent =
             format!("{gradients} of gradients ({overlapped} beside the backward), {weights} of weights");
         rows.push(("sent to other ranks a step", sent));

@@ -70,6 +70,29 @@ fn assert_same(world: &World, name: &str, other: &str) {
     assert_same_export(world, name, other);
 }
 
+/// What left a rank in a step is what the plan says, but for what fills parts up to equal ones.
+#[track_caller]
+fn assert_sent_as_planned(world: &World, name: &str, (data, tensor): Mesh, fsdp: &str) {
+    // A plan takes the recipe's micro-batches for those of one rank; the recipe of a run has two on all together.
+    let sets = [
+        format!("parallel.data={data}"),
+        format!("parallel.tensor={tensor}"),
+        format!("parallel.fsdp={fsdp}"),
+        format!("train.accumulation={}", 2 / data),
+    ];
+    let sets = DRAFT.into_iter().chain(sets.iter().map(String::as_str)).chain(["parallel.target-tensor=1"]);
+    let args =
+        ["plan", "R", "--json", "--card", "h100"].into_iter().chain(sets.flat_map(|set| ["--set", set]));
+    let plan = world.ok_json(&args.collect::<Vec<_>>());
+    let sent = &world.json(&format!("runs/{name}/summary.json"))["sent"];
+    for (got, want) in [("gradients", "gradient_bytes"), ("agreed", "agreed_bytes")] {
+        let (got, want) =
+            (sent[got].as_f64().unwrap(), plan["projection"]["traffic"][want].as_f64().unwrap());
+        assert!((got - want).abs() <= 1e-3 * want, "{name}: {got} bytes, planned {want}");
+    }
+    assert!(sent["agreed"].as_f64() > Some(0.0), "{name}: {sent}");
+}
+
 #[test]
 fn parallel_tensor_runs_log_decode_and_export_what_a_single_rank_does() {
     let Some(world) = world() else { return };
@@ -79,6 +102,7 @@ fn parallel_tensor_runs_log_decode_and_export_what_a_single_rank_does() {
             let name = format!("{how:?}-{}-{fsdp}", mesh.1);
             let ran = ok(&world, (how, Some(mesh)), &name, &[&format!("parallel.fsdp={fsdp}")]);
             assert_same(&world, &name, "alone");
+            assert_sent_as_planned(&world, &name, mesh, fsdp);
             assert_eq!(ran.stdout.matches("acceptance length after").count(), 1, "{}", ran.stdout);
             let lines = |ran: &Ran| ran.stderr.lines().filter(|line| line.starts_with("held out")).count();
             assert_eq!(lines(&ran), lines(&single), "{}", ran.stderr);
