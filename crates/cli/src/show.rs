@@ -119,8 +119,8 @@ pub(crate) fn table(rows: &[(&str, String)]) -> String {
 }
 
 /// What left a rank.
-pub(crate) fn sent_text(Sent { gradients, overlapped, weights }: Sent) -> String {
-    let [gradients, overlapped, weights] = [gradients, overlapped, weights].map(bytes);
+pub(crate) fn sent_text(Sent { gradients, overlapped, agreed, weights }: Sent) -> String {
+    let [gradients, overlapped, weights] = [gradients + agreed, overlapped, weights].map(bytes);
     format!("{gradients} of gradients ({overlapped} beside the backward), {weights} of weights")
 }
 

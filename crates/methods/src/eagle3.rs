@@ -24,8 +24,8 @@ use specforge_models::{Capture, TargetInfo};
 use specforge_nn::init;
 use specforge_nn::rope::RopeTables;
 use specforge_tensor::{
-    AttentionShape, Collected, LossFigures, ParamId, Params, Part, Rope, SoftTargetLoss, Tape, Tensor, Var,
-    Weight,
+    AttentionShape, Collected, LossFigures, LossRanks, ParamId, Params, Part, Rope, SoftTargetLoss, Tape,
+    Tensor, Var, Weight,
 };
 
 pub use self::config::{Config, LossMask, Normalization, ObjectiveName};
@@ -145,7 +145,7 @@ impl Eagle3 {
     pub fn check_shared(config: &Config, target: &TargetInfo, ranks: Counts) -> Result<()> {
         let draft_vocab_size =
             config.draft_vocab_size.map_or(target.vocab_size, |n| n.min(target.vocab_size));
-        shares::check(config, &Dims::resolve(config, target, draft_vocab_size)?, ranks)
+        shares::check(&Dims::resolve(config, target, draft_vocab_size)?, ranks)
     }
 
     /// As [`Eagle3::new_on`], with matrices that `draw` makes whole from name and shape: for measuring, on the device
@@ -159,7 +159,7 @@ impl Eagle3 {
         draw: impl Fn(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<(Self, Params)> {
         let dims = Dims::resolve(config, target, vocab.len())?;
-        shares::check(config, &dims, ranks.counts())?;
+        shares::check(&dims, ranks.counts())?;
         let device = frozen.head.device();
         let mut params = Params::new();
         for (name, shape) in dims.weights() {
@@ -208,7 +208,7 @@ impl Eagle3 {
         params: &Params,
     ) -> Result<Self> {
         config.check()?;
-        shares::check(config, &dims, ranks.counts())?;
+        shares::check(&dims, ranks.counts())?;
         let rope = RopeTables::new(dims.rope.clone(), frozen.head.device());
         let modules = Modules::find(params, &dims, ranks)?;
         let teacher_head = shares::teacher_head(frozen, &vocab, &dims, ranks)?;
@@ -448,9 +448,11 @@ impl DraftMethod for Eagle3 {
             objective: self.config.objective(),
             group_weight: &group_weight,
         };
-        let stats = tape.soft_target_loss_shared(&loss, self.ranks.tensor())?;
+        let rows = self.ranks.sequence().map(|sequence| &sequence.ranks);
+        let ranks = LossRanks { heads: self.ranks.tensor(), rows };
+        let stats = tape.soft_target_loss_shared(&loss, ranks)?;
         // 4. Figures, when they are there.
-        let (weight, target_ids) = (plan.weight, self.vocab.target_ids().to_vec());
+        let (weight, target_ids) = (plan.rows.total_weight, self.vocab.target_ids().to_vec());
         let loss = stats.map(move |figures| report(&plan, &figures, &target_ids, &group_weight));
         Ok(PendingLoss { weight, loss })
     }
@@ -483,7 +485,7 @@ impl DraftMethod for Eagle3 {
 
 /// The loss and its figures per TTT step.
 fn report(plan: &Plan, figures: &LossFigures, target_ids: &[u32], group_weight: &[f64]) -> Loss {
-    let (groups, weight) = (&figures.groups, plan.rows.total_weight);
+    let (groups, weight) = (&figures.groups, plan.weight);
     let mut correct = vec![0.0; groups.len()];
     for ((&group, &draft), &best) in plan.rows.group.iter().zip(&figures.argmax).zip(&plan.best) {
         correct[group as usize] += f64::from(u8::from(target_ids[draft as usize] == best));

@@ -47,8 +47,8 @@ pub use kernels::{
 };
 pub use later::Later;
 pub use ops::{
-    Attention, Collected, Delta, Experts, GroupLoss, KeyValue, LossFigures, LossRows, Objective, Part,
-    RingAttention, Rope, RouterParams, SoftTargetLoss, Teacher, Weight,
+    Attention, Collected, Delta, Experts, GroupLoss, KeyValue, LossFigures, LossRanks, LossRows, Objective,
+    Part, RingAttention, Rope, RouterParams, SoftTargetLoss, Teacher, Weight,
 };
 pub use params::{Param, ParamId, Params};
 pub use split::Split;

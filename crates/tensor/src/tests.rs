@@ -11,6 +11,7 @@ mod finite_difference;
 pub(crate) mod frozen;
 mod invariants;
 pub(crate) mod loss;
+mod loss_shares;
 pub(crate) mod mixture;
 mod shapes;
 mod values;

@@ -6,14 +6,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::Serialize;
 use specforge_methods::{Exchange, Sequence};
 use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
 use specforge_parallel::{Level, Mesh, MeshShape, Shards, leaving, sum};
 use specforge_tensor::{Across, DType, Device, Grads, Group, Later, Param, ParamId, Params, Tensor};
 
-use crate::Result;
 use crate::checkpoint::{Index, Saved, Wanted};
+use crate::sent::agreed_bytes;
+use crate::{Result, Sent};
 
 /// Gradients do not depend on how attention reached other ranks' rows.
 const ANY: Exchange = Exchange::Ring;
@@ -69,27 +69,6 @@ pub struct Optimizer {
     /// Sums over micro-batches and ranks so far in this step, of parameters or of this rank's parts.
     sums: Grads,
     sent: Sent,
-}
-
-/// What left this rank for others so far, in bytes, where collectives are rings.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Sent {
-    /// Gradients.
-    pub gradients: u64,
-    /// Of them, those that left while the backward had more gradients to compute.
-    pub overlapped: u64,
-    /// Updated weights, which leave before the next step's forward and are waited for where it reads them.
-    pub weights: u64,
-}
-
-impl Sent {
-    /// Of one of so many steps.
-    #[must_use]
-    pub fn per_step(self, steps: u64) -> Self {
-        let [gradients, overlapped, weights] =
-            [self.gradients, self.overlapped, self.weights].map(|bytes| bytes / steps.max(1));
-        Self { gradients, overlapped, weights }
-    }
 }
 
 /// This rank's part of every trained parameter.
@@ -206,6 +185,8 @@ impl Optimizer {
         let (of_batch, across) = (ranks.of_batch(ANY), ranks.across());
         let weight_lr = (weight / ranks.per_batch() as f64, lr);
         let mut sums = std::mem::take(&mut self.sums);
+        let own = self.parts.as_ref().map_or(&*params, |parts| &parts.params);
+        self.sent.agreed += agreed_bytes(own, ranks.mesh.tensor.size());
         let Some(parts) = &mut self.parts else {
             of_batch.agree(params, &mut sums)?;
             return Ok(self.adamw.step_across(params, &sums, weight_lr, &across)?);

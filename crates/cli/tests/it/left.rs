@@ -1,6 +1,7 @@
-//! What runs leave, compared bit by bit.
+//! What runs leave, compared bit by bit, or exports within the rounding of sums in another order.
 
 use serde_json::Value;
+use specforge_testkit::Tensors;
 
 use crate::world::World;
 
@@ -73,4 +74,19 @@ pub(crate) fn steps(world: &World, name: &str) -> Vec<Value> {
             record
         })
         .collect()
+}
+
+/// The same weights in the exports of two runs, within the rounding of sums in another order.
+#[track_caller]
+pub(crate) fn assert_same_export(world: &World, name: &str, other: &str) {
+    let read = |name| Tensors::read(world.path(&format!("runs/{name}/export/model.safetensors")));
+    let (got, want) = (read(name), read(other));
+    assert_eq!(got.names().collect::<Vec<_>>(), want.names().collect::<Vec<_>>(), "{name}");
+    for weight in want.names().filter(|name| !["d2t", "t2d"].contains(name)) {
+        let ((shape, got), (wanted, want)) = (got.f32(weight), want.f32(weight));
+        assert_eq!(shape, wanted, "{name}: {weight}");
+        let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        let off = norm(&mut got.iter().zip(&want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
+        assert!(off < 1e-3, "{name}: {weight} is off by {off:e}");
+    }
 }

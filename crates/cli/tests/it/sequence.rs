@@ -2,18 +2,18 @@
 
 use specforge_testkit::test_device;
 
-use crate::left::steps;
+use crate::left::{assert_same_export, steps};
 use crate::world::World;
 
-/// Trains on a mesh and holds its log against that of the run `alone`.
+/// Trains on a mesh and holds its log and weights against those of the run `alone`.
 #[track_caller]
-fn check(world: &World, name: &str, sets: &[&str]) {
+fn check(world: &World, (name, alone): (&str, &str), sets: &[&str]) {
     let own = format!("name={name}");
     let sets: Vec<&str> = [&["parallel.ranks-in-process=true", &own], sets].concat();
     let sets = sets.iter().flat_map(|set| ["--set", set]);
     let args: Vec<&str> = ["train", "recipe.toml"].into_iter().chain(sets).collect();
     world.ok(&args);
-    let (got, want) = (steps(world, name), steps(world, "alone"));
+    let (got, want) = (steps(world, name), steps(world, alone));
     assert_eq!(got.len(), want.len(), "{name}");
     for (got, want) in got.iter().zip(&want) {
         assert_eq!(got["step"], want["step"], "{name}");
@@ -28,6 +28,7 @@ fn check(world: &World, name: &str, sets: &[&str]) {
             assert!((got - want).abs() < 1e-4, "{name}: acceptance {got}, alone {want}");
         }
     }
+    assert_same_export(world, name, alone);
 }
 
 #[test]
@@ -38,13 +39,30 @@ fn parallel_sequence_ranks_train_what_one_trains() {
     let world = World::new();
     world.ok(&["train", "recipe.toml", "--set", "name=alone"]);
     let one = "parallel.data=1";
-    check(&world, "gather", &[one, "parallel.sequence=3"]);
-    check(&world, "ring", &[one, "parallel.sequence=3", "parallel.exchange=ring"]);
-    check(&world, "heads", &[one, "parallel.sequence=2", "parallel.exchange=heads"]);
+    check(&world, ("gather", "alone"), &[one, "parallel.sequence=3"]);
+    check(&world, ("ring", "alone"), &[one, "parallel.sequence=3", "parallel.exchange=ring"]);
+    check(&world, ("heads", "alone"), &[one, "parallel.sequence=2", "parallel.exchange=heads"]);
     let both = ["parallel.data=2", "parallel.sequence=2", "parallel.fsdp=gradients"];
-    check(&world, "both", &both);
+    check(&world, ("both", "alone"), &both);
     // What one has saved another goes on with.
     world.ok(&["eval", "recipe.toml", "--set", "name=both"]);
+}
+
+#[test]
+fn parallel_sequence_ranks_train_every_objective() {
+    if test_device() != "cpu" {
+        return;
+    }
+    let world = World::new();
+    for name in ["lk-alpha", "lk-lambda"] {
+        let objective = format!("method.eagle3.objective={name}");
+        world.ok(&["train", "recipe.toml", "--set", &format!("name={name}"), "--set", &objective]);
+        let of = [&objective, "parallel.data=1"];
+        let ring = [&of[..], &["parallel.sequence=3"]].concat();
+        check(&world, (&format!("{name}-ring"), name), &ring);
+        let heads = [&of[..], &["parallel.sequence=2", "parallel.exchange=heads"]].concat();
+        check(&world, (&format!("{name}-heads"), name), &heads);
+    }
 }
 
 #[test]
@@ -54,7 +72,6 @@ fn parallel_what_a_sequence_cannot_is_refused() {
         ["train", "recipe.toml", "--set", "parallel.ranks-in-process=true", "--set", "parallel.data=1"];
     for (sets, message) in [
         (&["parallel.sequence=8", "parallel.exchange=heads"][..], "gather keys"),
-        (&["parallel.sequence=2", "method.eagle3.objective=lk-alpha"], "objective"),
         (&["parallel.sequence=2", "train.on-oom=shrink"], "train.on-oom"),
         (&["parallel.sequence=0"], "parallel.sequence"),
     ] {

@@ -37,7 +37,7 @@ pub(super) struct Plan {
     pub(super) best: Vec<u32>,
     /// Supervised rows per step, whether the draft can name their best token or not.
     pub(super) supervised: Vec<f64>,
-    /// What the batch's gradients are divided by.
+    /// What this rank adds to the weight that figures are divided by.
     pub(super) weight: f64,
     /// The rows of the batch that are this rank's.
     pub(super) slice: Slice,
@@ -55,6 +55,7 @@ impl Plan {
         let n_supervised = |b: &Range<usize>| (b.start + 1..b.end).filter(|&t| mask(t)).count();
         let total_supervised: usize = batch.bounds.iter().map(n_supervised).sum();
         let (mut rows, mut pairs) = (LossRows::default(), Vec::new());
+        rows.group_rows = vec![0; steps];
         let (mut best, mut supervised) = (Vec::new(), vec![0.0; steps]);
         let mut document_of = vec![0; batch.n_tokens()];
         for (d, bounds) in batch.bounds.iter().enumerate() {
@@ -72,6 +73,7 @@ impl Plan {
                         rows.teacher_row.push(t as u32);
                         rows.group.push(step as u32);
                         rows.weight.push(weight);
+                        rows.group_rows[step] += 1;
                         best.push(argmax[t]);
                     }
                 }
@@ -95,7 +97,8 @@ impl Plan {
     }
 
     /// The share of rank `rank` of `size`, `steps` test-time-training steps being read ahead. Sums of losses are its
-    /// rows' own; what figures are divided by is the first rank's, so that all of them add up to the batch's.
+    /// rows' own; what figures are divided by is the first rank's, so that all of them add up to the batch's. What means
+    /// are over, and what gradients are divided by, is the batch's on each.
     pub(super) fn share(self, (rank, size): (usize, usize), exchange: Exchange, steps: usize) -> Self {
         let mut slice = Slice::dealt(self.slice.rows.len(), (rank, size), exchange, steps);
         // 1. Live rows of every rank; at least one, so that all take part in every exchange.
@@ -131,12 +134,13 @@ impl Plan {
                 teacher_row: pick(&all.teacher_row),
                 group: pick(&all.group),
                 weight: kept.iter().map(|&r| all.weight[r]).collect(),
-                total_weight: first * all.total_weight,
+                group_rows: all.group_rows.clone(),
+                total_weight: all.total_weight,
             },
             sources: kept.iter().filter_map(|&r| is_own(self.sources[r]).ok()).map(|i| i as u32).collect(),
             best: pick(&self.best),
             supervised: self.supervised.iter().map(|n| first * n).collect(),
-            weight: self.weight,
+            weight: first * self.weight,
             slice,
             live,
             documents,

@@ -8,7 +8,6 @@ use specforge_tensor::{Group, Params, Split, Tape, Tensor};
 
 use super::config::config_error;
 use super::dims::Dims;
-use super::{Config, ObjectiveName};
 use crate::{Counts, Error, Exchange, Frozen, Ranks, Result, VocabMap};
 
 impl Dims {
@@ -31,7 +30,7 @@ pub(super) fn split_of(name: &str, dims: &Dims, ranks: &Arc<dyn Group>) -> Optio
 }
 
 /// Fails where the draft cannot be shared by these ranks.
-pub(super) fn check(config: &Config, dims: &Dims, ranks: Counts) -> Result<()> {
+pub(super) fn check(dims: &Dims, ranks: Counts) -> Result<()> {
     let Counts { tensor: size, sequence: n, exchange } = ranks;
     let even = |key: &str, n: usize| {
         let reason = format!("{size} ranks share it (parallel.tensor), expected a multiple of {size}");
@@ -43,10 +42,6 @@ pub(super) fn check(config: &Config, dims: &Dims, ranks: Counts) -> Result<()> {
     }
     even("intermediate-size", dims.intermediate_size)?;
     even("draft-vocab-size", dims.draft_vocab_size)?;
-    if n > 1 && config.objective != ObjectiveName::Kl {
-        let reason = "the mean acceptance of a step is one over all rows: use objective = \"kl\", or parallel.sequence = 1";
-        return Err(config_error("objective", format!("{:?}", config.objective), reason.to_owned()));
-    }
     let heads = (dims.num_key_value_heads / size).max(1);
     if exchange == Exchange::Heads && !heads.is_multiple_of(n) {
         let reason = format!(

@@ -1,28 +1,15 @@
 //! The fused head and soft-target loss, and the objectives it can take.
 
+mod groups;
+
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use self::groups::{GroupLoss, Objective};
+use self::groups::{acceptance_over, group_losses, row_weights};
 use super::{expect_cols, expect_rows, expect_shape};
-use crate::kernels::{RowFigures, RowLoss, SoftTargets, TeacherRows, VocabStats};
+use crate::kernels::{RowLoss, SoftTargets, TeacherRows, VocabStats};
 use crate::{DType, Error, Group, Later, ParamId, Result, Tape, Tensor, Var};
-
-/// What is minimised over each group of rows (each test-time-training step).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Objective {
-    /// Cross-entropy against the target's distribution: the KL divergence up to a constant.
-    Kl,
-    /// `-mean(ln acceptance)`, the acceptance of a row being `sum_v min(target_v, draft_v)`.
-    LkAlpha,
-    /// `w · KL + (1 - w) · (1 - mean acceptance)` with `w = kl_scale · exp(-kl_decay · mean acceptance)`, held
-    /// constant in the gradient.
-    LkLambda {
-        /// Factor of w.
-        kl_scale: f64,
-        /// How fast w falls as the acceptance rises.
-        kl_decay: f64,
-    },
-}
 
 /// The teacher's logits over the draft vocabulary.
 pub type Teacher<'a> = TeacherRows<'a>;
@@ -36,6 +23,8 @@ pub struct LossRows {
     pub group: Vec<u32>,
     /// The weight of each row's cross-entropy in its group's sum.
     pub weight: Vec<f32>,
+    /// Rows of each group that means are over: those here, and those of other ranks.
+    pub group_rows: Vec<usize>,
     /// What the groups' sums are divided by in the end; scales the acceptance terms, which are means.
     pub total_weight: f64,
 }
@@ -59,6 +48,17 @@ pub struct SoftTargetLoss<'a> {
     pub group_weight: &'a [f64],
 }
 
+/// The ranks that compute one loss together; by default one alone.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LossRanks<'a> {
+    /// Those that share the heads: each has as many rows of both as the others, in their order (vocabulary parallel;
+    /// Shoeybi et al., 2019). All of them have the same draft rows and get the same figures.
+    pub heads: Option<&'a Arc<dyn Group>>,
+    /// Those that have other rows of the same groups (sequence parallel), or none. Losses and gradients are shares that add
+    /// up to those of all rows.
+    pub rows: Option<&'a Arc<dyn Group>>,
+}
+
 /// What the loss computed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LossFigures {
@@ -66,69 +66,6 @@ pub struct LossFigures {
     pub groups: Vec<GroupLoss>,
     /// The draft's best token of each row (draft vocabulary).
     pub argmax: Vec<u32>,
-}
-
-/// One group's figures.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct GroupLoss {
-    /// The group's objective times `total_weight`, before its `group_weight`.
-    pub loss: f64,
-    /// Sum of acceptance over the rows.
-    pub acceptance: f64,
-    /// The number of rows.
-    pub count: f64,
-}
-
-fn group_losses(
-    rows: &RowFigures,
-    loss_rows: &LossRows,
-    objective: Objective,
-    n_groups: usize,
-) -> Vec<GroupLoss> {
-    let mut groups = vec![GroupLoss::default(); n_groups];
-    let mut kl = vec![0.0; n_groups];
-    let mut log_acceptance = vec![0.0; n_groups];
-    let (ce, acceptance) = (&rows.cross_entropy, &rows.acceptance);
-    for (r, &g) in loss_rows.group.iter().enumerate() {
-        let g = g as usize;
-        kl[g] += f64::from(loss_rows.weight[r]) * f64::from(ce[r]);
-        groups[g].acceptance += f64::from(acceptance[r]);
-        groups[g].count += 1.0;
-        if acceptance[r] > 0.0 {
-            log_acceptance[g] += f64::from(acceptance[r]).ln();
-        }
-    }
-    for (g, group) in groups.iter_mut().enumerate() {
-        let n = group.count.max(1.0);
-        group.loss = match objective {
-            Objective::Kl => kl[g],
-            Objective::LkAlpha => -loss_rows.total_weight * log_acceptance[g] / n,
-            Objective::LkLambda { kl_scale, kl_decay } => {
-                let mean = group.acceptance / n;
-                let w = kl_scale * (-kl_decay * mean).exp();
-                w * kl[g] + loss_rows.total_weight * (1.0 - w) * (1.0 - mean)
-            }
-        };
-    }
-    groups
-}
-
-/// Each row's weights of the cross-entropy and of the acceptance term.
-fn row_weights(a: &SoftTargetLoss<'_>, groups: &[GroupLoss]) -> [Vec<f32>; 2] {
-    let weights = a.rows.group.iter().zip(&a.rows.weight).map(|(&g, &weight)| {
-        let (group_weight, group) = (a.group_weight[g as usize], groups[g as usize]);
-        let per_row = group_weight * a.rows.total_weight / group.count.max(1.0);
-        match a.objective {
-            Objective::Kl => (group_weight * f64::from(weight), 0.0),
-            Objective::LkAlpha => (0.0, -per_row),
-            Objective::LkLambda { kl_scale, kl_decay } => {
-                let w = kl_scale * (-kl_decay * group.acceptance / group.count.max(1.0)).exp();
-                (group_weight * w * f64::from(weight), -per_row * (1.0 - w))
-            }
-        }
-    });
-    let (ce, acceptance) = weights.map(|(c, a)| (c as f32, a as f32)).unzip();
-    [ce, acceptance]
 }
 
 fn check(a: &SoftTargetLoss<'_>, head: &Tensor) -> Result<()> {
@@ -154,6 +91,11 @@ fn check(a: &SoftTargetLoss<'_>, head: &Tensor) -> Result<()> {
             format!("[{n_rows}; 3], ascending teacher rows"),
             &lengths,
         ));
+    }
+    if a.rows.group_rows.len() != a.group_weight.len() {
+        let (expected, got) =
+            (format!("[{}] like the group weights", a.group_weight.len()), a.rows.group_rows.len());
+        return Err(Error::shape(OP, "rows of groups", expected, &[got]));
     }
     let device = a.x.value().device();
     let index = Tensor::from_u32(device, a.rows.teacher_row.clone());
@@ -207,19 +149,19 @@ impl Tape<'_> {
     /// recording the gradients are computed in the same pass. Terminal: its gradient is that of the sum over
     /// groups of `group_weight · loss`.
     pub fn soft_target_loss(&self, a: &SoftTargetLoss<'_>) -> Result<Later<LossFigures>> {
-        self.soft_target_loss_shared(a, None)
+        self.soft_target_loss_shared(a, LossRanks::default())
     }
 
-    /// As [`Tape::soft_target_loss`], with heads that ranks share: each has as many rows of both as the others, in their
-    /// order (vocabulary parallel; Shoeybi et al., 2019). All ranks have the same draft rows and get the same figures.
+    /// As [`Tape::soft_target_loss`], of one of several ranks; all of them call this. Between ranks with other rows the
+    /// lambda objective waits for the device, others neither wait nor send.
     pub fn soft_target_loss_shared(
         &self,
         a: &SoftTargetLoss<'_>,
-        ranks: Option<&Arc<dyn Group>>,
+        ranks: LossRanks<'_>,
     ) -> Result<Later<LossFigures>> {
         let head = self.params().get(a.head).value.clone();
         check(a, &head)?;
-        let (device, n_groups, objective) = (a.x.value().device(), a.group_weight.len(), a.objective);
+        let (device, objective) = (a.x.value().device(), a.objective);
         let teacher_row = Tensor::from_u32(device, a.rows.teacher_row.clone());
         let run = |[ce, acceptance]: [Vec<f32>; 2],
                    dhead: Option<(&mut Tensor, bool)>,
@@ -234,26 +176,31 @@ impl Tape<'_> {
                 acceptance_weight: &Tensor::from_f32(device, acceptance, &[n])?,
                 log_acceptance: objective == Objective::LkAlpha,
                 wants_dx: a.x.is_needed() && with_gradient,
-                ranks,
+                ranks: ranks.heads,
             };
             device.kernels().soft_target_loss(a.x.value(), &head, &targets, dhead)
         };
+        let is_lambda = matches!(objective, Objective::LkLambda { .. });
         // The lambda objective's weights need every row's acceptance before any gradient.
-        let mut groups = vec![GroupLoss::default(); n_groups];
-        a.rows.group.iter().for_each(|&g| groups[g as usize].count += 1.0);
-        if self.is_recording() && matches!(objective, Objective::LkLambda { .. }) {
+        let mut acceptance = None;
+        if is_lambda && self.is_recording() {
             let zeros = vec![0.0; a.rows.group.len()];
             let figures = run([zeros.clone(), zeros], None, false)?.figures.wait()?;
-            groups = group_losses(&figures, a.rows, objective, n_groups);
+            acceptance = Some(acceptance_over(&figures, a.rows, device, ranks.rows)?);
         }
-        let weights = row_weights(a, &groups);
-        let rows = self.with_param_grad(a.head, |dhead| run(weights, dhead, true))?;
-        if let Some(dx) = rows.dx {
+        let weights = row_weights(a, acceptance.as_deref());
+        let RowLoss { mut figures, dx } = self.with_param_grad(a.head, |dhead| run(weights, dhead, true))?;
+        if let Some(dx) = dx {
             self.seed(a.x, dx);
         }
-        let loss_rows = a.rows.clone();
-        Ok(rows.figures.map(move |figures| LossFigures {
-            groups: group_losses(&figures, &loss_rows, objective, n_groups),
+        if is_lambda && acceptance.is_none() && ranks.rows.is_some() {
+            let own = figures.wait()?;
+            acceptance = Some(acceptance_over(&own, a.rows, device, ranks.rows)?);
+            figures = Later::ready(own);
+        }
+        let (loss_rows, n_ranks) = (a.rows.clone(), ranks.rows.map_or(1, |ranks| ranks.size()));
+        Ok(figures.map(move |figures| LossFigures {
+            groups: group_losses(&figures, &loss_rows, objective, (acceptance.as_deref(), n_ranks)),
             argmax: figures.argmax,
         }))
     }

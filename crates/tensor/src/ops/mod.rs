@@ -15,7 +15,7 @@ pub use attention::{Attention, KeyValue};
 pub use delta::Delta;
 pub use linear::Weight;
 pub(crate) use loss::teacher_chunks;
-pub use loss::{GroupLoss, LossFigures, LossRows, Objective, SoftTargetLoss, Teacher};
+pub use loss::{GroupLoss, LossFigures, LossRanks, LossRows, Objective, SoftTargetLoss, Teacher};
 pub use mixture::{Experts, RouterParams};
 pub use ranks::RingAttention;
 pub use rope::{Part, Rope};

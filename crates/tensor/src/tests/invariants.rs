@@ -96,7 +96,7 @@ fn a_loss_without_rows_is_zero() {
         assert!(groups.iter().all(|&b| b << 1 == 0), "{objective:?}: {groups:?}");
         // Rows of the teacher that nothing reads change nothing.
         let mut unread = Case::new(40, 8, 40, 2, objective);
-        unread.rows = LossRows { total_weight: 1.0, ..LossRows::default() };
+        unread.rows = LossRows { group_rows: vec![0; 3], total_weight: 1.0, ..LossRows::default() };
         unread.x = matrix(vec![], &[0, 8]);
         assert!(unread.bits()[3].iter().all(|&b| b == 0));
     }

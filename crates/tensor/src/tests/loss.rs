@@ -8,8 +8,8 @@ use super::alone::alone;
 use super::finite_difference::{Step, compare};
 use super::{bits, matrix};
 use crate::{
-    DType, Device, Group, GroupLoss, LossFigures, LossRows, Objective, Params, Result, SoftTargetLoss, Tape,
-    Teacher, Tensor,
+    DType, Device, Group, GroupLoss, Later, LossFigures, LossRanks, LossRows, Objective, ParamId, Params,
+    Result, SoftTargetLoss, Tape, Teacher, Tensor, Var,
 };
 
 pub(crate) const OBJECTIVES: [Objective; 3] =
@@ -70,6 +70,7 @@ impl Case {
             teacher_row,
             group: (0..n as u32).map(|i| i % 3).collect(),
             weight,
+            group_rows: (0..3).map(|g| (n + 2 - g) / 3).collect(),
             total_weight: 7.5,
         };
         let group_weight = vec![1.0, 0.8, 0.64];
@@ -102,13 +103,32 @@ impl Case {
     }
 
     /// With heads that ranks share, of which this one has all there is.
-    pub(crate) fn run_on(&self, ranks: Option<&Arc<dyn Group>>) -> Result<Outcome> {
+    pub(crate) fn run_on(&self, heads: Option<&Arc<dyn Group>>) -> Result<Outcome> {
+        self.run_as(LossRanks { heads, rows: None })
+    }
+
+    pub(super) fn run_as(&self, ranks: LossRanks<'_>) -> Result<Outcome> {
         let mut params = Params::new();
         let head = params.add("head", self.head.clone(), self.trained.1);
         let tape = Tape::recording(&params);
         let x = if self.trained.0 { tape.leaf(self.x.clone()) } else { tape.input(self.x.clone()) };
+        let figures = self.loss(&tape, (&x, head), ranks)?;
+        let seeds = tape.take_seeds();
+        let leaves = if self.trained.0 { vec![x] } else { vec![] };
+        let (grads, dx) = tape.backward_to(seeds, &leaves)?;
+        let dhead = grads.get(head).cloned();
+        let LossFigures { groups, argmax } = figures.wait()?;
+        Ok(Outcome { groups, argmax, dx: dx.into_iter().next(), dhead })
+    }
+
+    pub(super) fn loss(
+        &self,
+        tape: &Tape<'_>,
+        (x, head): (&Var, ParamId),
+        ranks: LossRanks<'_>,
+    ) -> Result<Later<LossFigures>> {
         let loss = SoftTargetLoss {
-            x: &x,
+            x,
             head,
             teacher: self
                 .logits
@@ -119,13 +139,7 @@ impl Case {
             objective: self.objective,
             group_weight: &self.group_weight,
         };
-        let figures = tape.soft_target_loss_shared(&loss, ranks)?;
-        let seeds = tape.take_seeds();
-        let leaves = if self.trained.0 { vec![x] } else { vec![] };
-        let (grads, dx) = tape.backward_to(seeds, &leaves)?;
-        let dhead = grads.get(head).cloned();
-        let LossFigures { groups, argmax } = figures.wait()?;
-        Ok(Outcome { groups, argmax, dx: dx.into_iter().next(), dhead })
+        tape.soft_target_loss_shared(&loss, ranks)
     }
 
     /// All numbers of a run, as bits.

@@ -233,6 +233,10 @@ fn wrong_losses_are_named() {
     );
     check(&|c| c.rows.teacher_row[7] = 3, "index 3 is outside the 3 rows of the teacher");
     check(&|c| c.rows.group[0] = 3, "index 3 is outside the 3 rows of the group weights");
+    check(
+        &|c| c.rows.group_rows.truncate(2),
+        "rows of groups has shape [2], expected [3] like the group weights",
+    );
     let message = |result: Result<crate::VocabStats>| result.map(|_| ()).unwrap_err().to_string();
     assert_eq!(
         message(Tape::vocab_stats(&zeros(&[2, 3]), &zeros(&[5, 4]))),

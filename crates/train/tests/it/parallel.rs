@@ -363,13 +363,14 @@ fn parallel_gradients_leave_while_the_backward_goes_on() {
         // A micro-batch of each rank in a step, six steps; then two of the first rank and one of the other, four steps.
         let name = format!("sent-{level:?}");
         let weights = |steps| if level == Level::None { 0 } else { steps * parts };
-        let even = Sent { gradients: 6 * all, overlapped: 6 * (all - last), weights: weights(6) };
+        let even = Sent { gradients: 6 * all, overlapped: 6 * (all - last), agreed: 0, weights: weights(6) };
         assert_eq!(sent(&fixture, &name, level, 2), [even, even], "{name}");
         let each = matches!(level, Level::Gradients | Level::Full);
         let times = if each { 8 } else { 4 };
         let uneven = |overlapped| Sent {
             gradients: times * all,
             overlapped: overlapped * (all - last),
+            agreed: 0,
             weights: weights(4),
         };
         // Without rows in the last round there is no backward to send beside.

@@ -161,12 +161,23 @@ fn parallel_tensor_ranks_share_batches_with_all_others() {
 }
 
 #[test]
-fn parallel_tensor_ranks_train_every_objective() {
+fn parallel_ranks_of_a_batch_train_every_objective() {
     for objective in ["lk-lambda", "lk-alpha"] {
         let fixture = fixture_of(objective);
         let alone = train(&fixture, "alone", None, &to_the_end);
         check(&fixture, &alone, MeshShape { tensor: 2, ..ALONE }, Level::None);
         check(&fixture, &alone, MeshShape { tensor: 4, ..ALONE }, Level::Optimizer);
+        check(&fixture, &alone, MeshShape { sequence: 3, ..ALONE }, Level::None);
+        check(&fixture, &alone, MeshShape { sequence: 2, tensor: 2, ..ALONE }, Level::None);
+        // With a micro-batch for each of those that train on others; of one, each would take the means of its documents.
+        let micro_batches = |trainer: &mut Trainer<'_>| {
+            (trainer.order.tokens_per_batch, trainer.order.accumulation) = (LEN, 2);
+            None
+        };
+        let alone = train(&fixture, "alone", None, &micro_batches);
+        let mesh = (MeshShape { shards: 2, sequence: 2, ..ALONE }, Level::Gradients);
+        let got = on_ranks(&fixture, "micro-batches", mesh, &micro_batches);
+        assert_same(&fixture, "micro-batches", &got, &alone);
     }
 }
 

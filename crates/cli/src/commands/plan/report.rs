@@ -119,7 +119,8 @@ fn store_text(disk: &Disk) -> String {
 
 fn traffic_text(p: &Projection) -> String {
     let t = &p.traffic;
-    let sent = bytes((t.data_bytes + t.tensor_bytes + t.sequence_bytes + t.target_bytes) as u64);
+    let sent =
+        bytes((t.data_bytes + t.tensor_bytes + t.agreed_bytes + t.sequence_bytes + t.target_bytes) as u64);
     format!(
         "{sent} from each rank a step: gradients and weights {:.1} ms, {:.1} of them beside computing; rows, heads and features {:.1} ms, waited for",
         1e3 * t.data_seconds,

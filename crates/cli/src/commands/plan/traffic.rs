@@ -43,6 +43,8 @@ pub(super) struct Traffic {
     pub(super) head_bytes: f64,
     /// Rows, between tensor-parallel ranks.
     pub(super) tensor_bytes: f64,
+    /// Gradients between them, once a step.
+    pub(super) agreed_bytes: f64,
     /// Keys, values and their gradients, or heads, between sequence-parallel ranks.
     pub(super) sequence_bytes: f64,
     /// Rows of the target, between ranks that share it; or features, from ranks of its own.
@@ -77,6 +79,7 @@ impl Links {
 pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
     let [data, tensor, sequence] =
         [data_bytes(s, layout), tensor_bytes(s, layout), sequence_bytes(s, layout)];
+    let agreed = agreed_bytes(s.dims, layout);
     let target = s.target.map_or(0.0, |target| target_bytes(s, target, layout));
     let inner = layout.of_batch();
     // Ranks of the target's own are as far away as any.
@@ -87,10 +90,11 @@ pub(super) fn of(s: &Sizes<'_>, layout: Layout, links: &Links) -> Traffic {
         overlapped_bytes: overlapped_bytes(s, layout),
         head_bytes: gradient_bytes(s, layout, elements(s.dims, "lm_head.weight") / layout.tensor as f64),
         tensor_bytes: tensor,
+        agreed_bytes: agreed,
         sequence_bytes: sequence,
         target_bytes: target,
         data_seconds: data / links.speed(layout.ranks()),
-        waited_seconds: tensor / links.speed(layout.tensor)
+        waited_seconds: (tensor + agreed) / links.speed(layout.tensor)
             + sequence / links.speed(inner)
             + target / links.speed(reach),
     }
@@ -128,10 +132,20 @@ fn tensor_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
     let per_rank = |n: usize| n as f64 / layout.sequence as f64;
     // Two of every step forward, two backward; the gradient of the rows before the head.
     let draft = (4 * s.steps) as f64 * per_rank(s.rows.live) + per_rank(s.rows.loss);
-    // Gradients of what all have whole come from one of them, once a step.
-    let [_, whole] = pieces_and_whole(s.dims, layout.tensor);
-    let agreed = share(layout.tensor) * 4.0 * whole as f64 / layout.shards() as f64;
-    all_reduce * s.element * draft * h + agreed
+    all_reduce * s.element * draft * h
+}
+
+/// Gradients of what all have whole come from one of them, by a ring through all; those of pieces that several have are
+/// gathered.
+fn agreed_bytes(dims: &Dims, layout: Layout) -> f64 {
+    let [_, whole] = pieces_and_whole(dims, layout.tensor);
+    let copied = |(name, shape): (String, Vec<usize>)| {
+        let (_, pieces) = dims.pieces(&name, layout.tensor as usize)?;
+        let is_copied = pieces < layout.tensor as usize;
+        is_copied.then(|| shape.iter().product::<usize>() as f64 / pieces as f64)
+    };
+    let gathered = layout.tensor as f64 * dims.weights().into_iter().filter_map(copied).sum::<f64>();
+    share(layout.tensor) * 4.0 * (whole as f64 + gathered) / layout.shards() as f64
 }
 
 /// Where ranks share the target, two all-reduces in every layer, over the rows of each of them in turn. Where it has ranks
@@ -201,7 +215,12 @@ mod tests {
         let tensor = at(Layout { tensor: 2, ..Layout::ALONE });
         // Half of fc and the norms, in float32.
         let agreed = 2.0 * (4096.0 * 3.0 * 4096.0 + 4.0 * 4096.0);
-        assert_eq!(tensor.tensor_bytes, 2.0 * 4096.0 * (28.0 * 2047.0 + 14_308.0) + agreed);
+        assert_eq!(tensor.tensor_bytes, 2.0 * 4096.0 * (28.0 * 2047.0 + 14_308.0));
+        assert_eq!(tensor.agreed_bytes, agreed);
+        assert_eq!(tensor.waited_seconds, (tensor.tensor_bytes + agreed) / 100e9);
+        // With 16 ranks two have each of 8 key-value heads, and gather keys' and values' gradients, [128, 2 * 4096] each.
+        let agreed_of_16 = 15.0 / 16.0 * 2.0 * agreed + 15.0 * 2.0 * 4.0 * 128.0 * 2.0 * 4096.0;
+        assert_eq!(at(Layout { tensor: 16, ..Layout::ALONE }).agreed_bytes, agreed_of_16);
         assert_eq!(at(Layout::ALONE).waited_seconds, 0.0);
         // Keys and values, [2048, 2 * 1024], and their gradients: once, or in every step.
         let keys = 2048.0 * 2.0 * 1024.0;

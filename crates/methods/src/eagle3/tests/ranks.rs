@@ -188,6 +188,16 @@ fn parallel_sequence_ranks_train_as_one() {
     check("eagle3.1-fc-norm", Shape { sequence: 2, exchange: Exchange::Heads, ..ALONE });
 }
 
+/// Their objectives are means over the rows of all ranks.
+#[test]
+fn parallel_sequence_ranks_train_every_objective_as_one() {
+    for case in ["eagle3-lk-lambda", "eagle3-lk-alpha"] {
+        check(case, Shape { sequence: 2, exchange: Exchange::Heads, ..ALONE });
+        check(case, Shape { sequence: 3, ..ALONE });
+        check(case, Shape { sequence: 2, tensor: 2, ..ALONE });
+    }
+}
+
 #[test]
 fn parallel_data_tensor_and_sequence_ranks_train_as_one() {
     check("eagle3-basic", Shape { data: 4, ..ALONE });
@@ -199,7 +209,13 @@ fn parallel_data_tensor_and_sequence_ranks_train_as_one() {
 /// A batch of fewer tokens than it takes to give every rank some.
 #[test]
 fn parallel_short_batches_leave_ranks_without_rows() {
-    let Some(dir) = golden_case("eagle3-basic") else { return };
+    for case in ["eagle3-basic", "eagle3-lk-lambda", "eagle3-lk-alpha"] {
+        short_batches(case);
+    }
+}
+
+fn short_batches(case: &str) {
+    let Some(dir) = golden_case(case) else { return };
     let short = |case: &Case| {
         let mut batch = case.batch.clone();
         let n = 9;
@@ -230,7 +246,7 @@ fn parallel_short_batches_leave_ranks_without_rows() {
         });
         got.iter()
             .enumerate()
-            .for_each(|(r, got)| compare(&format!("short basic, {r} of {size}, {exchange:?}"), got, &want));
+            .for_each(|(r, got)| compare(&format!("short {case}, {r} of {size}, {exchange:?}"), got, &want));
     }
 }
 
@@ -255,27 +271,20 @@ fn parallel_drafts_propose_as_one() {
 /// What cannot be shared is refused with the setting that is at fault.
 #[test]
 fn parallel_drafts_that_do_not_come_out_even_are_refused() {
-    let Some(dir) = golden_case("eagle3-lk-alpha") else { return };
+    let Some(dir) = golden_case("eagle3-basic") else { return };
     let config = case_json(dir.join("config.json"));
     let dims = Dims::from_json(&config).unwrap();
-    let refuse = |size: usize, of: &(dyn Fn(Arc<dyn Group>) -> (Ranks, Config) + Sync)| {
+    let refuse = |size: usize, of: &(dyn Fn(Arc<dyn Group>) -> Ranks + Sync)| {
         let told = threads::run(size, PATIENCE, |group| {
-            let (ranks, config) = of(group);
-            shares::check(&config, &dims, ranks.counts()).unwrap_err().to_string()
+            shares::check(&dims, of(group).counts()).unwrap_err().to_string()
         });
         told[0].clone()
     };
-    let tensor = |group| (Ranks { tensor: Some(group), sequence: None }, Config::default());
-    let message = refuse(3, &tensor);
+    let message = refuse(3, &|group| Ranks { tensor: Some(group), sequence: None });
     assert!(message.contains("num-attention-heads = 4") && message.contains("parallel.tensor"), "{message}");
-    let sequence = |exchange, objective| {
-        move |ranks| {
-            let sequence = Some(Sequence { ranks, exchange });
-            (Ranks { tensor: None, sequence }, Config { objective, ..Config::default() })
-        }
-    };
-    let message = refuse(4, &sequence(Exchange::Heads, ObjectiveName::Kl));
+    let message = refuse(4, &|ranks| Ranks {
+        tensor: None,
+        sequence: Some(Sequence { ranks, exchange: Exchange::Heads }),
+    });
     assert!(message.contains("num-key-value-heads = 2") && message.contains("gather"), "{message}");
-    let message = refuse(2, &sequence(Exchange::Ring, ObjectiveName::LkAlpha));
-    assert!(message.contains("objective") && message.contains("\"kl\""), "{message}");
 }

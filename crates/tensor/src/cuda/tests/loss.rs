@@ -145,7 +145,7 @@ fn cuda_losses_without_rows_are_zero() {
         check("no rows", &exact([0, 8, 40, 2], objective), device);
         // Rows of the teacher that nothing reads change nothing.
         let unread = exact([40, 8, 40, 2], objective);
-        let rows = LossRows { total_weight: 1.0, ..LossRows::default() };
+        let rows = LossRows { group_rows: vec![0; 3], total_weight: 1.0, ..LossRows::default() };
         check("no rows read", &Case { rows, x: matrix(vec![], &[0, 8]), ..unread }, device);
     }
 }
