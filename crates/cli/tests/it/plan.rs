@@ -25,8 +25,16 @@ fn a_recipe_is_planned_for_this_machine_and_for_more_cards() {
     let four = world.ok_json(&cards);
     assert_eq!(at(&four, "/projection/layout/data"), 4.0);
     let n = at(&four, "/parameters");
-    // Reduce-scatter of float32 gradients after each of two micro-batches, all-gather of bf16 weights.
-    assert_eq!(at(&four, "/projection/traffic/data_bytes"), 0.75 * 10.0 * n);
+    // Two micro-batches of a step, in which four ranks have half of one each: reduce-scatter of float32 gradients,
+    // all-gather of bf16 weights. Steps are the same on any number of ranks.
+    assert_eq!(at(&four, "/projection/traffic/data_bytes"), 0.75 * 6.0 * n);
+    assert_eq!(at(&four, "/projection/steps"), at(&here, "/projection/steps"));
+    // On more cards, one each.
+    let accumulation = |i: usize| at(&four, &format!("/larger/{i}/accumulation"));
+    assert_eq!([accumulation(0), accumulation(1), accumulation(2)], [8.0, 64.0, 512.0]);
+    assert!(at(&four, "/larger/0/steps") < at(&four, "/projection/steps") / 3.0, "{four:#}");
+    let said = world.ok(&cards[..2].iter().chain(&cards[3..]).copied().collect::<Vec<_>>()).stdout;
+    assert!(said.contains("4 of them share 2 of a step's micro-batches, train.accumulation = 4"), "{said}");
     // The recipe's own ranks count where no others are asked for.
     let own = world.ok_json(&["plan", "recipe.toml", "--json", "--card", "h100", "--set", "parallel.data=2"]);
     let layout = |key: &str| at(&own, &format!("/projection/layout/{key}"));

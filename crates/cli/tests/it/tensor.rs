@@ -73,12 +73,10 @@ fn assert_same(world: &World, name: &str, other: &str) {
 /// What left a rank in a step is what the plan says, but for what fills parts up to equal ones.
 #[track_caller]
 fn assert_sent_as_planned(world: &World, name: &str, (data, tensor): Mesh, fsdp: &str) {
-    // A plan takes the recipe's micro-batches for those of one rank; the recipe of a run has two on all together.
     let sets = [
         format!("parallel.data={data}"),
         format!("parallel.tensor={tensor}"),
         format!("parallel.fsdp={fsdp}"),
-        format!("train.accumulation={}", 2 / data),
     ];
     let sets = DRAFT.into_iter().chain(sets.iter().map(String::as_str)).chain(["parallel.target-tensor=1"]);
     let args =

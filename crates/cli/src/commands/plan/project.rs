@@ -28,6 +28,8 @@ const LARGER: [u64; 3] = [8, 64, 512];
 #[derive(Debug, Serialize)]
 pub(super) struct Projection {
     pub(super) layout: Layout,
+    /// Micro-batches of a step, over all ranks together.
+    pub(super) accumulation: usize,
     /// Of each rank, by what it is for.
     pub(super) memory: Held,
     pub(super) memory_bytes: u64,
@@ -60,7 +62,7 @@ pub(super) fn own(subject: &Subject) -> Result<Projection> {
     let (held, room) = (memory(subject, &setting), room(subject));
     let most = needs(subject, &setting);
     if most <= room {
-        return Ok(projection(subject, subject.layout, held));
+        return Ok(projection(subject, (subject.layout, subject.plan.train.accumulation), held));
     }
     let what = format!(
         "this recipe needs {} on each rank ({}), and {} has room for {}",
@@ -79,7 +81,8 @@ pub(super) fn own(subject: &Subject) -> Result<Projection> {
     }
 }
 
-/// The recipe on more cards, each time with the first layout that fits.
+/// The recipe on more cards, each time with the first layout that fits, and a micro-batch at least for every rank that
+/// has its own.
 pub(super) fn larger(subject: &Subject) -> Vec<Projection> {
     if subject.device == Device::Cpu {
         return Vec::new();
@@ -88,7 +91,8 @@ pub(super) fn larger(subject: &Subject) -> Vec<Projection> {
         let most = subject.links.per_node.min(subject.dims.num_attention_heads as u64);
         layouts(subject, ranks, most).find_map(|layout| {
             let held = memory(subject, &Setting { layout, ..Setting::of(subject) });
-            (total(&held) <= room(subject)).then(|| projection(subject, layout, held))
+            let accumulation = subject.plan.train.accumulation.next_multiple_of(layout.data as usize);
+            (total(&held) <= room(subject)).then(|| projection(subject, (layout, accumulation), held))
         })
     };
     LARGER.into_iter().filter_map(fitting).collect()
@@ -232,34 +236,38 @@ fn case<'a>(subject: &'a Subject, setting: &Setting) -> Case<'a> {
     }
 }
 
-fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
+fn projection(subject: &Subject, (layout, accumulation): (Layout, usize), memory: Held) -> Projection {
     let Subject { plan, info, config, dims, card, work, .. } = subject;
     let epoch = work.rows();
     let micro_batches = work.batches.len().max(1);
-    let accumulation = plan.train.accumulation.min(micro_batches);
-    let steps_of_epoch = micro_batches.div_ceil(accumulation) as f64;
+    let of_step = accumulation.min(micro_batches);
+    let steps_of_epoch = micro_batches.div_ceil(of_step) as f64;
+    // A rank's micro-batches of a step, or its piece of one where there are fewer than ranks; and what of a step that is.
+    let data = layout.data as usize;
+    let of_rank = of_step.div_ceil(data);
+    let share = if of_step < data { 1.0 / data as f64 } else { of_rank as f64 / of_step as f64 };
+    let shares = share / steps_of_epoch;
     let element = subject.storage().element;
     let online = plan.mode != Mode::Offline;
-    // The same micro-batches on every rank; a step has as many more as there are data-parallel ranks.
     let draft =
         card.seconds(draft_work(subject, &epoch)) + card.moving(dims, config.ttt_steps, &epoch, element);
-    let draft = draft / steps_of_epoch / layout.of_batch() as f64;
+    let draft = draft * shares / layout.of_batch() as f64;
     let target = card.seconds(target_work(subject, &epoch)) * fp8_factor(plan.target.dtype);
     // The rows of every rank that a copy serves, over the ranks that share it.
     let target = if online { target * layout.peers() as f64 / layout.target as f64 } else { 0.0 };
-    let target = target / steps_of_epoch;
-    let mut of_step = epoch.clone();
-    of_step.shrink(1.0 / steps_of_epoch);
+    let target = target * shares;
+    let mut rows = epoch.clone();
+    rows.shrink(shares);
     let sizes = traffic::Sizes {
         dims,
         target: online.then_some(info),
         steps: config.ttt_steps,
-        rows: &of_step,
-        micro_batches: accumulation as f64,
+        rows: &rows,
+        micro_batches: of_rank as f64,
         element: element as f64,
         exchange: subject.plan.parallel.exchange,
     };
-    let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * accumulation as f64 };
+    let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * of_rank as f64 };
     let optimizer = card.optimizer(dims, layout.tensor, layout.shards());
     let compute_seconds = if layout.apart > 0 {
         // Both at once.
@@ -269,18 +277,19 @@ fn projection(subject: &Subject, layout: Layout, memory: Held) -> Projection {
         (draft + target).max(launches) + optimizer
     };
     let traffic = traffic::of(&sizes, layout, &subject.links);
-    let sends = if layout.zero < 2 { (1, accumulation) } else { (accumulation, accumulation) };
+    let sends = if layout.zero < 2 { (1, of_rank) } else { (of_rank, of_rank) };
     let step = compute_seconds + traffic.data_seconds + traffic.waited_seconds;
-    let steps = (work.steps as f64 / layout.data as f64).ceil();
+    let steps = (work.steps as f64 * plan.train.accumulation as f64 / accumulation as f64).ceil();
     Projection {
         layout,
+        accumulation,
         memory_bytes: total(&memory),
         target_memory_bytes: target_memory(subject, &Setting { layout, ..Setting::of(subject) }),
         memory,
         compute_seconds,
         traffic,
         hidden_seconds: hidden_seconds(&traffic, BACKWARD * compute_seconds, sends, config.ttt_steps),
-        tokens_per_second: of_step.tokens as f64 * layout.data as f64 / step,
+        tokens_per_second: epoch.tokens as f64 / steps_of_epoch / step,
         steps: steps as u64,
         hours: steps * step / 3600.0,
     }

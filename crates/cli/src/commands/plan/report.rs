@@ -74,7 +74,7 @@ fn rows(subject: &Subject, own: &Projection, disk: &Disk) -> Vec<(&'static str, 
     let mut rows = vec![
         ("recipe", format!("{}, {:?}", subject.plan.name, subject.plan.mode).to_lowercase()),
         ("card", format!("{}, {}{measured}", card.name, bytes(card.memory))),
-        ("ranks", own.layout.to_string()),
+        ("ranks", own.layout.to_string() + &sharing_text(own)),
         (
             "data",
             format!(
@@ -113,6 +113,17 @@ fn name(kind: Kind) -> &'static str {
     }
 }
 
+/// What to do where ranks that have batches of their own are more than a step's micro-batches.
+fn sharing_text(own: &Projection) -> String {
+    let (data, n) = (own.layout.data, own.accumulation);
+    if data as usize <= n {
+        return String::new();
+    }
+    format!(
+        "; {data} of them share {n} of a step's micro-batches, train.accumulation = {data} gives each a whole one"
+    )
+}
+
 fn store_text(disk: &Disk) -> String {
     if disk.store == 0 { String::new() } else { format!(", {} of features", bytes(disk.store)) }
 }
@@ -131,8 +142,9 @@ fn traffic_text(p: &Projection) -> String {
 
 fn summary(p: &Projection) -> String {
     format!(
-        "{}; {} each; {}, {}; {}",
+        "{}, accumulation {}; {} each; {}, {}; {}",
         p.layout,
+        p.accumulation,
         bytes(p.memory_bytes),
         rate(p.tokens_per_second),
         duration(p.hours),
