@@ -357,12 +357,19 @@ fn parallel_ranks_take_the_first_steps_of_the_quick_start() {
     check("dp4", "alone", 5e-6);
     let eps = "train.optimizer.eps=1e-5";
     train("alone-eps", 0, &[eps]);
-    for (name, ranks, more) in [
-        ("dp2-eps", 2, "parallel.sequence=1"),
-        ("dp4-eps", 4, "parallel.sequence=1"),
-        ("sp2-eps", 1, "parallel.sequence=2"),
-    ] {
-        train(name, ranks, &[eps, more]);
+    // Its draft has one key-value head, so heads cannot be exchanged; a whole target on every rank has the states of one.
+    let tensor = ["parallel.tensor=2", "parallel.target-tensor=1"];
+    let meshes: [(&str, usize, &[&str]); 7] = [
+        ("dp2-eps", 2, &["parallel.fsdp=full"]),
+        ("dp4-eps", 4, &["parallel.fsdp=gradients"]),
+        ("dp4-none-eps", 4, &["parallel.fsdp=none"]),
+        ("sp2-eps", 1, &["parallel.sequence=2"]),
+        ("sp2-ring-eps", 1, &["parallel.sequence=2", "parallel.exchange=ring"]),
+        ("tp2-eps", 1, &tensor),
+        ("dp2-tp2-eps", 2, &tensor),
+    ];
+    for (name, ranks, more) in meshes {
+        train(name, ranks, &[&[eps], more].concat());
         check(name, "alone-eps", 1e-6);
     }
 }
