@@ -1,11 +1,12 @@
 #!/bin/sh
 # Runs every measurement of docs/dev/benchmarks.md with a given binary; writes one JSON file each into a folder.
 # usage: tools/bench/all.sh BINARY FOLDER [further arguments of every command, for example --steps 20]
+# RANKS=2 measures steps over so many GPUs instead.
 # PRESETS=quickstart runs small stand-ins of every line, to try the script itself on a machine without a GPU.
 set -eu
 
 if [ $# -lt 2 ]; then
-    sed -n '2,4s/^# //p' "$0" >&2
+    sed -n '2,5s/^# //p' "$0" >&2
     exit 1
 fi
 binary=$1
@@ -27,6 +28,20 @@ one() {
         failed=1
     fi
 }
+
+if [ -n "${RANKS:-}" ]; then
+    for zero in 0 1 2 3; do
+        one "step-llama3-8b-2x2048-data$RANKS-zero$zero" step --preset llama3-8b --tokens 2x2048 --data "$RANKS" --zero "$zero" "$@"
+    done
+    one "step-llama3-8b-2x2048-tensor$RANKS" step --preset llama3-8b --tokens 2x2048 --tensor "$RANKS" "$@"
+    for exchange in gather ring heads; do
+        for tokens in 1x8192 1x32768; do
+            one "step-llama3-8b-$tokens-sequence$RANKS-$exchange" \
+                step --preset llama3-8b --tokens $tokens --sequence "$RANKS" --exchange $exchange "$@"
+        done
+    done
+    exit $failed
+fi
 
 if [ "${PRESETS:-}" = quickstart ]; then
     one step-quickstart-2x64 step --preset quickstart --tokens 2x64 "$@"

@@ -416,11 +416,22 @@ fn parallel_gpus_of_this_machine_train_what_one_trains() {
         assert_eq!(tokens(&world, fsdp), tokens(&world, "alone"));
     }
     // Ranks of a sequence: gradients too, of rows that see nothing of another rank's keys.
-    run("sequence", &["--set", "parallel.data=1", "--set", "parallel.sequence=2"]);
-    for (got, want) in steps(&world, "sequence").iter().zip(&steps(&world, "alone")) {
-        for key in ["loss", "grad_norm"] {
-            let [got, want] = [got, want].map(|step| f64_of(&step[key]));
-            assert!((got / want - 1.0).abs() < 2e-2, "sequence: {key} {got}, alone {want}");
+    let lambda = ["--set", "method.eagle3.objective=lk-lambda"];
+    run("alone-lambda", &lambda);
+    for (exchange, more, alone) in [
+        ("gather", &[][..], "alone"),
+        ("ring", &[], "alone"),
+        ("heads", &[], "alone"),
+        ("gather", &lambda, "alone-lambda"),
+    ] {
+        let (name, how) = (format!("{exchange}-{alone}"), format!("parallel.exchange={exchange}"));
+        let sequence = ["--set", "parallel.data=1", "--set", "parallel.sequence=2", "--set", how.as_str()];
+        run(&name, &[&sequence[..], more].concat());
+        for (got, want) in steps(&world, &name).iter().zip(&steps(&world, alone)) {
+            for key in ["loss", "grad_norm"] {
+                let [got, want] = [got, want].map(|step| f64_of(&step[key]));
+                assert!((got / want - 1.0).abs() < 2e-2, "{name}: {key} {got}, alone {want}");
+            }
         }
     }
     // Killed, one rank ends the other; the run goes on to the same bits.
