@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use specforge_tensor::{Combine, Grads, Group, Param, ParamId, Params, Tensor};
+use specforge_tensor::{Grads, Group, Param, ParamId, Params, Tensor};
 
 use crate::Result;
 
@@ -55,17 +55,6 @@ impl Ranks {
         let (sequence, exchange) =
             self.sequence.as_ref().map_or((1, Exchange::Ring), |s| (s.ranks.size(), s.exchange));
         Counts { tensor: self.tensor.as_ref().map_or(1, |ranks| ranks.size()), sequence, exchange }
-    }
-
-    /// A parameter's gradient of a step's batches, from what this rank has of it once it is final: the sum over the ranks
-    /// of the sequence. All ranks call this for every trainable parameter, in the same order, before gradients are summed
-    /// over ranks that train on other batches; a gradient that nothing added to is zeros.
-    pub fn add_up(&self, param: &Param, own: Option<Tensor>) -> specforge_tensor::Result<Tensor> {
-        let mut sum = own.map_or_else(|| Tensor::zeros(param.value.device(), param.value.shape()), Ok)?;
-        if let Some(Sequence { ranks, .. }) = self.sequence() {
-            ranks.all_reduce(&mut sum, Combine::Sum)?;
-        }
-        Ok(sum)
     }
 
     /// Settles gradients that several of the ranks that share matrices have: those of the same piece of a matrix add up,

@@ -9,7 +9,7 @@ use specforge_tensor::{Device, Error, Group, Result};
 pub struct MeshShape {
     /// Copies of the whole optimizer state.
     pub replicas: usize,
-    /// Ranks over which one copy of the state is spread; rows are dealt to replicas x shards.
+    /// Rows are dealt to replicas x shards; one copy of the state is spread over shards x sequence.
     pub shards: usize,
     /// Ranks that share the tokens of a document.
     pub sequence: usize,
@@ -63,9 +63,11 @@ pub struct Mesh {
     pub world: Arc<dyn Group>,
     /// Those that train on other rows: replicas x shards. Losses and weights are summed over it.
     pub data: Arc<dyn Group>,
-    /// Those that hold the other shards of this copy of the state.
-    pub shards: Arc<dyn Group>,
-    /// Those that hold the same shard of other copies.
+    /// Those whose gradients are of the same piece of every matrix: replicas x shards x sequence.
+    pub gradients: Arc<dyn Group>,
+    /// Those that hold the other parts of this copy of the state: shards x sequence.
+    pub parts: Arc<dyn Group>,
+    /// Those that hold the same part of other copies.
     pub replicas: Arc<dyn Group>,
     /// Those that have the other tokens of the same documents.
     pub sequence: Arc<dyn Group>,
@@ -90,7 +92,8 @@ impl Mesh {
             place,
             device,
             data: world.split(sequence * n_tensor + tensor)?,
-            shards: world.split((replica * n_sequence + sequence) * n_tensor + tensor)?,
+            gradients: world.split(tensor)?,
+            parts: world.split(replica * n_tensor + tensor)?,
             replicas: world.split((shard * n_sequence + sequence) * n_tensor + tensor)?,
             sequence: world.split(row * n_tensor + tensor)?,
             tensor: world.split(row * n_sequence + sequence)?,

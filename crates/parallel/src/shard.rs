@@ -23,7 +23,7 @@ pub enum Level {
     Full,
 }
 
-/// How tensors are cut over the shards of a mesh.
+/// How tensors are cut over the ranks of a mesh that hold one copy of the state.
 #[derive(Debug, Clone)]
 pub struct Shards {
     parts: Arc<dyn Group>,
@@ -35,7 +35,7 @@ pub struct Shards {
 impl Shards {
     /// Those of a mesh.
     pub fn new(mesh: &Mesh, reduce: DType) -> Self {
-        Self { parts: mesh.shards.clone(), replicas: mesh.replicas.clone(), reduce }
+        Self { parts: mesh.parts.clone(), replicas: mesh.replicas.clone(), reduce }
     }
 
     /// The ranks that have the other parts.

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use specforge_methods::{Exchange, Sequence};
 use specforge_nn::optimizer::{AdamW, AdamWConfig, StepReport};
-use specforge_parallel::{Level, Mesh, MeshShape, Shards, leaving, sum};
-use specforge_tensor::{Across, DType, Device, Grads, Group, Later, Param, ParamId, Params, Tensor};
+use specforge_parallel::{Level, Mesh, Shards, leaving, sum};
+use specforge_tensor::{Across, DType, Device, Grads, Later, Param, ParamId, Params, Tensor};
 
 use crate::checkpoint::{Index, Saved, Wanted};
 use crate::sent::agreed_bytes;
@@ -53,8 +53,8 @@ impl Ranks {
 
     /// Everyone, so that a norm and a weight are one number to the bit.
     fn across(&self) -> Across<'_> {
-        let MeshShape { replicas, shards, sequence, tensor } = self.mesh.shape;
-        let copies = replicas * sequence * if self.level == Level::None { shards } else { 1 };
+        let (mesh, tensor) = (&self.mesh, self.mesh.shape.tensor);
+        let copies = if self.level == Level::None { &mesh.gradients } else { &mesh.replicas }.size();
         let world = Some(self.mesh.world.as_ref());
         Across { squares: world, weight: world, tensor, copies }
     }
@@ -146,10 +146,11 @@ impl Optimizer {
         let id = part.map_or(id, |(_, part)| part);
         // What is used once more here is dropped here too, and so goes back in order.
         param.value.device().beside(|| {
-            let grad = ranks.of_batch(ANY).add_up(param, grad)?;
+            let value = &param.value;
+            let grad = grad.map_or_else(|| Tensor::zeros(value.device(), value.shape()), Ok)?;
             let more = match part {
                 Some((shards, _)) => shards.reduce(&grad)?,
-                None => sum(ranks.mesh.data.as_ref(), grad, ranks.reduce)?,
+                None => sum(ranks.mesh.gradients.as_ref(), grad, ranks.reduce)?,
             };
             let sum = match sums.take(id) {
                 Some(mut sum) => {
@@ -161,13 +162,10 @@ impl Optimizer {
             sums.set(id, sum);
             Ok(())
         })?;
-        let all_reduce =
-            |group: &dyn Group, element: usize| 2 * leaving((len * element) as u64, group.size());
-        let to_others = match part {
+        let bytes = match part {
             Some((shards, _)) => shards.reduce_bytes(len),
-            None => all_reduce(ranks.mesh.data.as_ref(), ranks.reduce.size()),
+            None => 2 * leaving((len * ranks.reduce.size()) as u64, ranks.mesh.gradients.size()),
         };
-        let bytes = to_others + all_reduce(ranks.mesh.sequence.as_ref(), DType::F32.size());
         self.sent.gradients += bytes;
         self.sent.overlapped += if overlapped { bytes } else { 0 };
         Ok(())
@@ -204,7 +202,7 @@ impl Optimizer {
     /// holds what another one saves.
     pub(crate) fn state(&self, params: &Params) -> Result<Option<OptimizerState>> {
         let Some(ranks) = &self.ranks else { return self.whole_state(params, (0, 1)).map(Some) };
-        let (place, MeshShape { shards, tensor, .. }) = (ranks.mesh.place, ranks.mesh.shape);
+        let (place, tensor) = (ranks.mesh.place, ranks.mesh.shape.tensor);
         let Some(parts) = &self.parts else {
             let beside = ranks.is_beside_first();
             return if beside {
@@ -213,13 +211,13 @@ impl Optimizer {
                 Ok(None)
             };
         };
-        if place.replica + place.sequence > 0 {
+        if place.replica > 0 {
             return Ok(None);
         }
         let named = self.adamw.state(&parts.params)?;
         let tensors = named.into_iter().map(|(name, tensor)| parts.trimmed(name, tensor));
-        let (file, index) =
-            (place.tensor * shards + place.shard, Index::new(tensor * shards, tensor, params));
+        let (part, n_parts) = (parts.shards.group().rank(), parts.shards.group().size());
+        let (file, index) = (place.tensor * n_parts + part, Index::new(tensor * n_parts, tensor, params));
         Ok(Some(OptimizerState { tensors: tensors.collect::<Result<_>>()?, file, index }))
     }
 

@@ -14,7 +14,8 @@ pub struct ParallelConfig {
     pub data: Option<usize>,
     /// What is spread over the ranks instead of being held by each.
     pub fsdp: Fsdp,
-    /// Ranks over which one copy is spread, a divisor of `data`; absent: all of `data`.
+    /// Ranks over which one copy is spread, a divisor of `data`, on each of them those of its sequence too; absent: all of
+    /// `data`.
     pub shards: Option<usize>,
     /// What gradients are sent as between ranks.
     pub reduce: ReduceDType,

@@ -11,23 +11,19 @@ fn members(group: &dyn Group, world: &dyn Group) -> Vec<u32> {
 
 #[test]
 fn parallel_groups_of_a_mesh_have_the_ranks_that_they_should() {
-    let shape = MeshShape { replicas: 2, shards: 2, sequence: 1, tensor: 2 };
-    let all = threads::run(8, Duration::from_secs(20), |world| {
+    let shape = MeshShape { replicas: 2, shards: 2, sequence: 2, tensor: 2 };
+    let all = threads::run(16, Duration::from_secs(20), |world| {
         let mesh = Mesh::new(world.clone(), shape, Device::Cpu).unwrap();
-        let groups = [&mesh.data, &mesh.shards, &mesh.replicas, &mesh.sequence, &mesh.tensor];
+        let groups = [&mesh.data, &mesh.gradients, &mesh.parts, &mesh.replicas, &mesh.sequence, &mesh.tensor];
         (mesh.place, mesh.is_first(), groups.map(|group| members(group.as_ref(), world.as_ref())))
     });
     for (rank, (place, is_first, groups)) in all.iter().enumerate() {
         assert_eq!((*place, *is_first), (shape.place(rank), rank == 0));
-        let (rank, tensor) = (rank as u32, rank as u32 % 2);
-        let shard = rank / 2 % 2;
-        let expected = [
-            (0..4).map(|row| 2 * row + tensor).collect(),
-            (0..2).map(|s| rank / 4 * 4 + 2 * s + tensor).collect(),
-            (0..2).map(|r| 4 * r + 2 * shard + tensor).collect::<Vec<u32>>(),
-            vec![rank],
-            vec![rank / 2 * 2, rank / 2 * 2 + 1],
-        ];
+        // Of a rank's number, binary digits are replica, shard, sequence, tensor: each group varies some of them.
+        let rank = rank as u32;
+        let along =
+            |digits: u32| (0..16).filter(|other| other & !digits == rank & !digits).collect::<Vec<u32>>();
+        let expected = [0b1100, 0b1110, 0b0110, 0b1000, 0b0010, 0b0001].map(along);
         assert_eq!(*groups, expected, "rank {rank}");
     }
 }

@@ -13,7 +13,7 @@ pub(super) struct Layout {
     pub(super) tensor: u64,
     /// Ranks that share the rows of a batch.
     pub(super) sequence: u64,
-    /// What ranks that train on other batches share (`parallel.fsdp`; ZeRO, Rajbhandari et al., 2020): 1: the optimizer,
+    /// What ranks that train on other rows share (`parallel.fsdp`; ZeRO, Rajbhandari et al., 2020): 1: the optimizer,
     /// 2: the gradients too, 3: the weights too.
     pub(super) zero: u8,
     /// Ranks that share one copy of the target (`parallel.target-tensor`).
@@ -47,7 +47,7 @@ impl Layout {
 
     /// Ranks over which the state of an optimizer is spread.
     pub(super) fn shards(self) -> u64 {
-        if self.zero > 0 { self.data } else { 1 }
+        if self.zero > 0 { self.data * self.sequence } else { 1 }
     }
 }
 

@@ -1,9 +1,9 @@
 //! What ranks send in a step, by the standard formulas, and how long that takes.
 //!
 //! A ring all-reduce of b bytes over n ranks sends 2 (n - 1)/n · b from each (Patarasuk and Yuan, 2009), reduce-scatter
-//! and all-gather half of it. Ranks of a sequence all-reduce gradients, then those of other batches do, or (ZeRO,
-//! Rajbhandari et al., 2020) reduce-scatter gradients and gather weights once a step; from level 2 on gradients are sent
-//! after every micro-batch. Tensor parallel (Shoeybi et al., 2019): two all-reduces
+//! and all-gather half of it. Ranks that train on other rows all-reduce gradients, or (ZeRO, Rajbhandari et al., 2020)
+//! reduce-scatter gradients and gather weights once a step; from level 2 on gradients are sent after every micro-batch.
+//! Tensor parallel (Shoeybi et al., 2019): two all-reduces
 //! of the rows forward and two backward, for every layer, and the gradients of what no rank shares; the frozen target has
 //! no backward.
 //! Ranks of a sequence exchange step-0 keys and values: once for all steps, and their float32 gradients once (`gather`); or
@@ -107,7 +107,7 @@ fn share(ranks: u64) -> f64 {
 
 fn data_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
     let n = parameters(s.dims, layout.tensor) as f64;
-    let weights = if layout.zero == 0 { 0.0 } else { share(layout.data) * s.element * n };
+    let weights = share(layout.shards()) * s.element * n;
     gradient_bytes(s, layout, n) + weights
 }
 
@@ -115,7 +115,7 @@ fn data_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {
 fn gradient_bytes(s: &Sizes<'_>, layout: Layout, n: f64) -> f64 {
     let times = if layout.zero < 2 { 1.0 } else { s.micro_batches };
     let halves = if layout.zero == 0 { 2.0 } else { 1.0 };
-    times * 4.0 * n * (halves * share(layout.data) + 2.0 * share(layout.sequence))
+    times * 4.0 * n * halves * share(layout.data * layout.sequence)
 }
 
 fn overlapped_bytes(s: &Sizes<'_>, layout: Layout) -> f64 {

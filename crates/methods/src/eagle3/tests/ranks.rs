@@ -69,15 +69,18 @@ fn train(mut case: Case, batches: &[Batch], ranks: &Ranks, data: Option<&Arc<dyn
             grads = more;
         }
         add(&mut all, no_figures(case.method.config.ttt_steps));
-        for group in data.into_iter().chain(ranks.sequence().map(|sequence| &sequence.ranks)) {
+        let others: Vec<_> =
+            data.into_iter().chain(ranks.sequence().map(|sequence| &sequence.ranks)).collect();
+        for group in &others {
             all.iter_mut().for_each(|(_, values)| sum(values, group));
         }
         let ids: Vec<_> = case.params.iter().filter(|(_, p)| p.trainable).map(|(id, _)| id).collect();
         for &id in &ids {
             let own = grads.take(id);
             assert!(own.is_some() || batches.is_empty(), "every weight has a gradient");
-            let mut own = ranks.add_up(case.params.get(id), own).unwrap();
-            data.iter().for_each(|group| group.all_reduce(&mut own, Combine::Sum).unwrap());
+            let zeros = || Tensor::zeros(Device::Cpu, case.params.get(id).value.shape()).unwrap();
+            let mut own = own.unwrap_or_else(zeros);
+            others.iter().for_each(|group| group.all_reduce(&mut own, Combine::Sum).unwrap());
             grads.set(id, own);
         }
         ranks.agree(&case.params, &mut grads).unwrap();

@@ -22,7 +22,7 @@ pub(super) struct Over {
     /// Ranks that share the draft's matrices (offline).
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count)]
     pub(super) tensor: usize,
-    /// What is spread over the ranks of --data: 1 the optimizer, 2 the gradients too, 3 the weights too; 0 nothing.
+    /// What is spread over the ranks of --data and --sequence: 1 the optimizer, 2 the gradients too, 3 the weights too; 0 nothing.
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=3))]
     zero: u8,
     /// How attention reaches the rows of the other ranks of --sequence.
