@@ -205,11 +205,11 @@ fn parallel_tensor_ranks_clip_by_the_norm_of_the_whole() {
 }
 
 #[test]
-fn parallel_tensor_runs_resumed_on_the_same_mesh_go_on_to_the_same_bits() {
+fn parallel_shared_runs_resumed_on_the_same_mesh_go_on_to_the_same_bits() {
     let fixture = fixture();
-    for (shards, tensor) in [(1, 4), (2, 2)] {
+    for (shards, sequence, tensor) in [(1, 1, 4), (2, 1, 2), (2, 2, 1)] {
         for level in LEVELS {
-            let mesh = (MeshShape { shards, tensor, ..ALONE }, level);
+            let mesh = (MeshShape { shards, sequence, tensor, ..ALONE }, level);
             let whole = on_ranks(&fixture, &format!("whole-{tensor}-{level:?}"), mesh, &to_the_end);
             for stop in [1, 9] {
                 let name = format!("stopped-{tensor}-{stop}-{level:?}");
@@ -224,7 +224,7 @@ fn parallel_tensor_runs_resumed_on_the_same_mesh_go_on_to_the_same_bits() {
 }
 
 #[test]
-fn parallel_a_run_goes_from_two_tensor_ranks_to_one_to_four() {
+fn parallel_a_run_goes_from_two_tensor_ranks_to_one_to_four_and_to_ranks_of_a_sequence() {
     let fixture = fixture();
     let alone = train(&fixture, "alone", None, &to_the_end);
     for (i, level) in LEVELS.into_iter().enumerate() {
@@ -241,7 +241,8 @@ fn parallel_a_run_goes_from_two_tensor_ranks_to_one_to_four() {
         };
         train(&fixture, &name, None, &moved(Some(9)));
         on_ranks(&fixture, &name, (MeshShape { tensor: 4, ..ALONE }, other), &moved(Some(13)));
-        on_ranks(&fixture, &name, (MeshShape { shards: 3, ..ALONE }, level), &moved(Some(16)));
+        on_ranks(&fixture, &name, (MeshShape { shards: 3, ..ALONE }, level), &moved(Some(15)));
+        on_ranks(&fixture, &name, (MeshShape { shards: 2, sequence: 2, ..ALONE }, other), &moved(Some(17)));
         let got =
             on_ranks(&fixture, &name, (MeshShape { shards: 2, tensor: 4, ..ALONE }, level), &moved(None));
         assert_same(&fixture, &name, &got, &alone);
@@ -254,6 +255,10 @@ fn parallel_a_run_goes_from_two_tensor_ranks_to_one_to_four() {
 #[test]
 fn parallel_tensor_ranks_write_their_pieces_and_say_how_they_were_cut() {
     let fixture = fixture();
+    // Ranks of a sequence have parts of their own.
+    on_ranks(&fixture, "sequence", (MeshShape { sequence: 3, ..ALONE }, Level::Optimizer), &|_| Some(1));
+    let saved = names(&fixture.folder.path().join("sequence/checkpoints/step-00000002"));
+    assert_eq!(saved.iter().filter(|name| name.ends_with("of-00003.safetensors")).count(), 3, "{saved:?}");
     let mesh = (MeshShape { shards: 2, tensor: 2, ..ALONE }, Level::Optimizer);
     on_ranks(&fixture, "files", mesh, &|_| Some(2));
     let step = fixture.folder.path().join("files/checkpoints/step-00000003");
