@@ -1,5 +1,7 @@
 //! The `specforge` command: argv, dispatch, and what an error looks like.
 
+#[cfg(not(test))]
+mod allocator;
 mod commands;
 mod env;
 mod gpu;
@@ -20,11 +22,10 @@ use clap::{Parser, Subcommand};
 
 use crate::show::note;
 
-/// Tokenizing allocates a little for every token: with this allocator it takes three quarters of the time. Tests
-/// count the heap instead.
+// Tests count the heap instead.
 #[cfg(not(test))]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::BySize = allocator::BySize;
 
 /// Train draft models for speculative decoding, and hand them to SGLang as they are.
 ///
@@ -60,6 +61,8 @@ fn main() -> ExitCode {
             return if message.use_stderr() { ExitCode::from(1) } else { ExitCode::SUCCESS };
         }
     };
+    #[cfg(not(test))]
+    allocator::configure();
     gpu::configure();
     let run = || match args.command {
         Command::Plan(args) => commands::plan::run(&args),

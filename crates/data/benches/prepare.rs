@@ -12,7 +12,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use specforge_data::{PrepareConfig, prepare};
 
-/// As in the program.
+/// As in the program for the small pieces, which are nearly all.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

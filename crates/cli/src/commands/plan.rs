@@ -166,8 +166,7 @@ fn card(args: &Args, plan: &RunPlan) -> Result<(Device, Card)> {
     let device = gpu::device(plan.device)?;
     let Some(gpu) = device.gpu() else {
         let free = machine::available_memory().unwrap_or(u64::MAX);
-        let threads = if plan.threads == 0 { machine::threads() } else { plan.threads };
-        return Ok((device, Card::cpu(threads, given.unwrap_or(free))));
+        return Ok((device, Card::cpu(threads(plan), given.unwrap_or(free))));
     };
     let (name, memory) = (&gpu.properties().name, given.unwrap_or(gpu.properties().memory as u64));
     let card = Card::of_device(name, memory).with_context(|| {
@@ -177,6 +176,11 @@ fn card(args: &Args, plan: &RunPlan) -> Result<(Device, Card)> {
         )
     })?;
     Ok((device, card))
+}
+
+/// Threads that compute on a CPU.
+fn threads(plan: &RunPlan) -> usize {
+    if plan.threads == 0 { machine::threads() } else { plan.threads }
 }
 
 /// The layout that was asked for.

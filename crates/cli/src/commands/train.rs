@@ -30,9 +30,10 @@ use terminal::Terminal;
 use super::capture::stop_on_signal;
 use super::export;
 use crate::lock;
+use crate::machine;
 use crate::ranks::{self, Apart, Ending, Layout, Rank};
 use crate::setup::{self, RecipeArgs};
-use crate::show::{note, positions, print, rate, sent_text, table};
+use crate::show::{bytes, note, positions, print, rate, sent_text, table};
 use crate::warm_start;
 
 /// Train a draft, measure its acceptance length by real decoding, and export the folder that SGLang loads.
@@ -83,6 +84,8 @@ struct Summary {
     best_step: u64,
     /// Bytes that left the first rank in a step; nothing alone.
     sent: Option<Sent>,
+    /// The most that the device had in use, as `specforge plan` projects it; on a CPU the whole process.
+    peak_memory_bytes: Option<u64>,
     export_dir: PathBuf,
     /// Of the whole command.
     seconds: f64,
@@ -159,6 +162,7 @@ fn on_rank(args: &Args, plan: &RunPlan, rank: &Rank, started: Instant) -> Result
         plain_tokens_per_second: report.as_ref().and_then(|r| r.plain_tokens_per_second),
         best_step: best,
         sent,
+        peak_memory_bytes: peak_memory(plan)?,
         export_dir,
         seconds: started.elapsed().as_secs_f64(),
     };
@@ -291,6 +295,14 @@ fn whole(trainer: &Trainer<'_>) -> Result<Params> {
     Ok(whole)
 }
 
+/// The most memory that was in use on the device of this process.
+fn peak_memory(plan: &RunPlan) -> Result<Option<u64>> {
+    Ok(match setup::device(plan)?.gpu() {
+        Some(gpu) => Some(gpu.usage().peak as u64),
+        None => machine::peak_memory(),
+    })
+}
+
 /// The summary as a table.
 fn shown(s: &Summary, plan: &RunPlan) -> String {
     let length = |l: Option<f64>| l.map_or("not measured".to_owned(), |l| format!("{l:.2}"));
@@ -317,6 +329,7 @@ fn shown(s: &Summary, plan: &RunPlan) -> String {
         ),
     ];
     rows.extend(s.sent.map(|sent| ("sent to other ranks a step", sent_text(sent))));
+    rows.extend(s.peak_memory_bytes.map(|peak| ("memory at most", bytes(peak))));
     rows.extend([
         ("run", plan.run_dir.display().to_string()),
         ("exported folder for SGLang", s.export_dir.display().to_string()),

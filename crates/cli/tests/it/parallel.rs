@@ -323,10 +323,7 @@ fn parallel_an_error_of_one_rank_is_the_error_of_the_run() {
 #[test]
 fn parallel_ranks_take_the_first_steps_of_the_quick_start() {
     let Some(world) = world() else { return };
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let recipe = fs_err::read_to_string(root.join("recipes/quickstart.toml")).unwrap();
-    let assets = format!("{}/assets/", root.display());
-    world.write("quick.toml", recipe.replace("assets/", &assets).replace("epochs = 1\n", "max-steps = 20\n"));
+    world.write_quick_start("quick.toml", 20);
     let short =
         ["eval.max-prompts=1", "eval.training-prompts=0", "eval.max-new-tokens=4", "train.log-every=1"];
     let train = |name: &str, ranks: usize, more: &[&str]| {

@@ -116,3 +116,19 @@ fn what_cannot_fit_is_refused_with_what_can() {
         assert!(ran.code == Some(1) && ran.stderr.contains(message), "{args:?}: {ran:?}");
     }
 }
+
+/// The quick start's first steps: what the process took at the most is what was planned.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_memory_of_the_quick_start_is_what_was_planned() {
+    let world = World::new();
+    world.write_quick_start("quick.toml", 20);
+    let on = |command: &str| {
+        // Threads count: each packs matrices for itself. Few prompts: decoding takes less than training.
+        let sets = ["device=cpu", "threads=2", "eval.max-prompts=4"].map(|set| ["--set", set]);
+        world.ok_json(&[&[command, "quick.toml", "--json"], sets.as_flattened()].concat())
+    };
+    let planned = at(&on("plan"), "/projection/memory_bytes");
+    let taken = at(&on("train"), "/peak_memory_bytes");
+    assert!((planned / taken - 1.0).abs() < 0.1, "{planned} B planned, the process took {taken} B");
+}

@@ -82,6 +82,14 @@ impl World {
         fs_err::write(self.path(name), content).unwrap();
     }
 
+    /// The recipe of the quick start, with so many steps.
+    pub(crate) fn write_quick_start(&self, name: &str, steps: u64) {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let recipe = fs_err::read_to_string(root.join("recipes/quickstart.toml")).unwrap();
+        let recipe = recipe.replace("assets/", &format!("{}/assets/", root.display()));
+        self.write(name, recipe.replace("epochs = 1\n", &format!("max-steps = {steps}\n")));
+    }
+
     pub(crate) fn bytes(&self, name: &str) -> Vec<u8> {
         fs_err::read(self.path(name)).unwrap()
     }

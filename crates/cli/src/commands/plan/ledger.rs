@@ -21,6 +21,8 @@ pub(super) enum Kind {
     Features,
     /// Logits of one chunk, scratch of kernels.
     Buffers,
+    /// On a CPU: the program itself.
+    Program,
     /// The target: all of it online; the rows of its head that the draft keeps offline.
     Target,
 }

@@ -9,14 +9,12 @@ use super::layout::{Layout, of_ranks};
 use super::ledger::{Held, total};
 use super::memory::{Case, Frozen, peak, target_peak};
 use super::traffic::{self, Traffic};
-use super::{Subject, expect_shared};
+use super::{Subject, expect_shared, threads};
 use crate::commands::bench::flops::{self, Rows, Sizes};
 use crate::show::bytes;
 
 /// What a driver, its libraries and compiled kernels take of a card.
 const DRIVER: u64 = 600 << 20;
-/// What the program takes beside its tensors on a CPU.
-const PROGRAM: u64 = 64 << 20;
 /// The share of a step in which the backward runs.
 const BACKWARD: f64 = 0.42;
 /// Seconds that a card takes at least for a micro-batch: some 500 kernels are launched.
@@ -138,9 +136,9 @@ impl Setting {
     }
 }
 
-/// Bytes that tensors may take.
+/// Bytes that a projection may come to.
 fn room(subject: &Subject) -> u64 {
-    let besides = if subject.device == Device::Cpu { PROGRAM } else { DRIVER };
+    let besides = if subject.device == Device::Cpu { 0 } else { DRIVER };
     subject.card.memory.saturating_sub(besides)
 }
 
@@ -223,6 +221,7 @@ fn case<'a>(subject: &'a Subject, setting: &Setting) -> Case<'a> {
         target: &subject.info,
         steps: subject.config.ttt_steps as u64,
         storage: subject.storage(),
+        threads: threads(&subject.plan) as u64,
         frozen: if is_here { subject.frozen(setting.mode, setting.dtype) } else { Frozen::Rows },
         // One batch waits for the step, one for its place. Ranks that meet in a fetch have one of another rank's beside
         // their own, or none.

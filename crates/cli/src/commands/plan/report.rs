@@ -109,6 +109,7 @@ fn name(kind: Kind) -> &'static str {
         Kind::Activations => "  activations",
         Kind::Features => "  features",
         Kind::Buffers => "  buffers",
+        Kind::Program => "  program",
         Kind::Target => "  target",
     }
 }
