@@ -70,6 +70,8 @@ pub(super) struct Case<'a> {
     pub(super) frozen: Frozen,
     /// Batches whose features are in memory beside that of the step.
     pub(super) ahead: u64,
+    /// Whether a rank has several micro-batches in a step.
+    pub(super) accumulates: bool,
     /// Whether the target may run while the step does.
     pub(super) target_beside: bool,
     pub(super) layout: Layout,
@@ -83,6 +85,8 @@ struct Step {
     heads: u64,
     i: u64,
     vd: u64,
+    /// Rows of the whole batch, which every rank of a sequence fetches.
+    batch: u64,
     t: u64,
     l: u64,
     r: u64,
@@ -145,6 +149,7 @@ impl Step {
             heads,
             i: (d.intermediate_size as u64).div_ceil(tensor),
             vd: (d.draft_vocab_size as u64).div_ceil(tensor),
+            batch: rows.tokens as u64,
             t: share(rows.tokens),
             l: share(rows.live),
             r: share(rows.loss),
@@ -167,6 +172,11 @@ impl Step {
         self.l * width * self.e
     }
 
+    /// A matrix of all keys, which ranks of a sequence gather.
+    fn keys(&self) -> u64 {
+        self.batch * 2 * self.kv * self.e
+    }
+
     /// A matrix of all rows.
     fn all(&self, width: u64) -> u64 {
         self.t * width * self.e
@@ -178,11 +188,11 @@ fn standing(case: &Case<'_>, ledger: &mut Ledger) {
     let (e, layout) = (case.storage.element, case.layout);
     let n = parameters(case.dims, layout.tensor);
     // Whole while a step runs. Where the optimizer is spread each rank has a part of its own beside that, and of the
-    // gradients if they are sent after every micro-batch.
+    // gradients if they are sent after every micro-batch and more of these follow.
     let (shards, zero) = (layout.shards(), layout.zero);
     let part = if zero > 0 { n.div_ceil(shards) } else { 0 };
     ledger.keep(Kind::Weights, e * (n + part));
-    ledger.keep(Kind::Gradients, if zero > 1 { 4 * part } else { 0 });
+    ledger.keep(Kind::Gradients, if zero > 1 && case.accumulates { 4 * part } else { 0 });
     // Moments, and the 16 bits that stored weights lack of float32.
     let remainder = if e == 2 { 2 } else { 0 };
     ledger.keep(Kind::Optimizer, (8 + remainder) * n.div_ceil(shards));
@@ -225,7 +235,7 @@ pub(super) fn target_peak(case: &Case<'_>, rows: &Rows) -> Held {
 /// The batch, those fetched ahead, and the target's own pass where it runs beside the step.
 fn features(case: &Case<'_>, s: &Step, ledger: &mut Ledger) {
     let width = (CAPTURED + 1) * case.target.hidden_size as u64;
-    ledger.keep(Kind::Features, (1 + case.ahead) * s.t * width * case.storage.feature);
+    ledger.keep(Kind::Features, (1 + case.ahead) * s.batch * width * case.storage.feature);
     if case.storage.on_host {
         ledger.keep(Kind::Buffers, PACKING * case.threads);
     }
@@ -270,6 +280,9 @@ fn forward(case: &Case<'_>, s: &Step, ledger: &mut Ledger) -> Kept {
     let turned = ledger.take(A, s.all(2 * s.kv));
     shared.push(ledger.take(A, s.all(2 * s.kv)));
     ledger.give(turned);
+    if s.batch > s.t {
+        shared.push(ledger.take(A, s.keys()));
+    }
     // 2. Live rows of them.
     let mut start = Some(ledger.take(A, s.live(s.h)));
     let mut n = ledger.take(A, s.live(s.h));
@@ -393,7 +406,7 @@ fn attention_backward(
     use Kind::Activations as A;
     let d_out = ledger.take(A, s.live(s.q));
     let dq = ledger.take(A, s.live(s.q));
-    let d_base = ledger.take(A, s.all(2 * s.kv));
+    let d_base = ledger.take(A, s.keys());
     let scratch = ledger.take(Kind::Buffers, attention_scratch(case, s, i as u64));
     let d_extras: Vec<Piece> = (0..i).map(|_| ledger.take(A, s.live(2 * s.kv))).collect();
     for (j, d) in d_projected.iter_mut().enumerate().take(i + 1) {
@@ -402,7 +415,7 @@ fn attention_backward(
         }
     }
     if first {
-        ledger.keep(A, s.all(2 * s.kv));
+        ledger.keep(A, s.keys());
     }
     ledger.give_all(d_extras.into_iter().chain(attention).chain([dq, d_base, scratch, d_out]));
 }
@@ -418,93 +431,4 @@ fn attention_scratch(case: &Case<'_>, s: &Step, i: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use specforge_methods::eagle3::Config;
-
-    use super::super::ledger::total;
-    use super::*;
-    use crate::commands::bench::data::Data;
-    use crate::commands::bench::preset::Preset;
-    use crate::commands::bench::subject::{Source, Subject};
-    use crate::{heap, machine};
-
-    /// `specforge bench step`: preset, documents and their tokens, live share, the target's bytes (online).
-    type Line = (Preset, [usize; 2], f64, Option<[u64; 2]>, f64);
-
-    fn bench(&(preset, [documents, each], live, online, _): &Line, device: Device) -> f64 {
-        let (info, config) = (preset.info().unwrap(), Config::default());
-        let dims = Dims::resolve(&config, &info, preset.vocab(info.vocab_size).unwrap().len()).unwrap();
-        let data = Data::draw(format!("{documents}x{each}").parse().unwrap(), (live, 0), info.vocab_size);
-        let rows = Rows::of(&data.bounds, &data.loss_mask, config.ttt_steps);
-        let storage = Storage::of(device, if device == Device::Cpu { 4 } else { 2 });
-        let frozen = online.map_or(Frozen::Rows, |[matrix, table]| Frozen::Whole { matrix, table });
-        let ahead = u64::from(online.is_some());
-        let layout = Layout::ALONE;
-        let case = Case {
-            dims: &dims,
-            target: &info,
-            steps: config.ttt_steps as u64,
-            storage,
-            threads: machine::threads() as u64,
-            frozen,
-            ahead,
-            target_beside: false,
-            layout,
-        };
-        let mut held = peak(&case, &rows);
-        // Not of the heap of a step.
-        held.remove(&Kind::Program);
-        total(&held) as f64
-    }
-
-    /// The peaks of BENCHMARKS.md, in GB.
-    #[test]
-    fn the_measured_peaks_of_every_preset() {
-        let (llama, four, eight) = (Preset::Llama3_8b, Preset::Qwen3_4b, Preset::Qwen3_8b);
-        let lines: [Line; 12] = [
-            (llama, [1, 2048], 1.0, None, 9.1),
-            (llama, [2, 2048], 1.0, None, 11.3),
-            (llama, [1, 8192], 1.0, None, 15.7),
-            (llama, [1, 32768], 1.0, None, 43.2),
-            (llama, [2, 2048], 0.5, None, 9.5),
-            (llama, [2, 2048], 0.25, None, 8.4),
-            (four, [1, 2048], 1.0, None, 5.3),
-            (four, [2, 2048], 1.0, None, 6.9),
-            (eight, [2, 2048], 1.0, None, 10.6),
-            (llama, [2, 2048], 1.0, Some([2, 2]), 27.5),
-            (llama, [2, 2048], 1.0, Some([1, 2]), 20.5),
-            (four, [2, 2048], 1.0, Some([2, 2]), 15.1),
-        ];
-        for line in &lines {
-            let got = bench(line, Device::Cuda(0)) / 1e9;
-            assert!(
-                (got / line.4 - 1.0).abs() < 0.1,
-                "{:?} {:?}: {got:.2} GB, measured {}",
-                line.0,
-                line.1,
-                line.4
-            );
-        }
-    }
-
-    /// The quick start's shapes on the CPU, against the heap that a step takes: offline, and with the target.
-    #[test]
-    fn the_counted_heap_of_the_quick_start() {
-        for online in [None, Some([4, 4])] {
-            let line = (Preset::Quickstart, [4, 128], 1.0, online, 0.0);
-            let (info, config) = (line.0.info().unwrap(), Config::default());
-            let source = if online.is_some() { Source::Target(None) } else { Source::Store };
-            let data = Data::draw("4x128".parse().unwrap(), (1.0, 0), info.vocab_size);
-            let vocab = line.0.vocab(info.vocab_size).unwrap();
-            let (held, ()) = heap::peak_of(|| {
-                let mut subject =
-                    Subject::new((&info, vocab), &config, data, source, (Device::Cpu, None)).unwrap();
-                for _ in 0..2 {
-                    subject.step(&mut || Ok(())).unwrap().wait().unwrap();
-                }
-            });
-            let (got, held) = (bench(&line, Device::Cpu), held as f64);
-            assert!((got / held - 1.0).abs() < 0.1, "online {online:?}: {got} B, held {held} B");
-        }
-    }
-}
+mod tests;

@@ -230,6 +230,7 @@ fn case<'a>(subject: &'a Subject, setting: &Setting) -> Case<'a> {
             (true, 2..) => 1,
             _ => 2,
         },
+        accumulates: subject.plan.train.accumulation > layout.data as usize,
         target_beside: is_here,
         layout,
     }
