@@ -85,6 +85,11 @@ fn the_measured_peaks_of_several_ranks() {
         ([1, 8192], on(1, 2, 1, 0), 11.3),
         ([1, 8192], on(1, 2, 1, 1), 9.3),
         ([1, 32768], on(1, 2, 1, 1), 22.5),
+        ([1, 32768], on(1, 4, 1, 1), 12.9),
+        ([2, 2048], on(4, 1, 1, 1), 7.7),
+        ([2, 2048], on(1, 1, 4, 1), 5.1),
+        ([2, 2048], on(2, 1, 2, 1), 5.8),
+        ([1, 8192], on(2, 2, 1, 1), 7.9),
     ] {
         let line = (Preset::Llama3_8b, tokens, 1.0, None, measured);
         let got = bench_on(&line, Device::Cuda(0), layout) / 1e9;
