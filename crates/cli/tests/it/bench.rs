@@ -72,7 +72,8 @@ fn a_step_is_measured_over_parallel_ranks() {
     for (more, message) in [
         (&["--tensor", "2", "--mode", "online"][..], "use --mode offline"),
         (&["--sequence", "2", "--exchange", "heads"], "num-key-value-heads"),
-        (&["--data", "0"], "from 1 to 4096"),
+        (&["--data", "0"], "at least 1"),
+        (&["--data", "5000"], "at most 4096"),
     ] {
         let args = ["bench", "step", "--preset", "quickstart", "--tokens", "2x64", "--device", "cpu"];
         world.fails(&[&args[..], more].concat(), &[message]);

@@ -7,6 +7,7 @@ use specforge_config::{DeviceChoice, Fsdp, ParallelConfig, ReduceDType};
 use specforge_cuda::Gpu;
 use specforge_methods::Counts;
 
+use super::super::count;
 use super::{Args, Mode};
 use crate::ranks::Wanted;
 
@@ -14,13 +15,13 @@ use crate::ranks::Wanted;
 #[derive(Debug, Clone, Copy, clap::Args, Serialize)]
 pub(super) struct Over {
     /// Ranks that have a batch of this size each: a GPU for every one, on a CPU a thread.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = ranks)]
     pub(super) data: usize,
     /// Ranks that share the rows of a batch.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = ranks)]
     pub(super) sequence: usize,
     /// Ranks that share the draft's matrices (offline).
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = ranks)]
     pub(super) tensor: usize,
     /// What is spread over the ranks of --data and --sequence: 1 the optimizer, 2 the gradients too, 3 the weights too; 0 nothing.
     #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=3))]
@@ -112,7 +113,8 @@ impl Args {
 }
 
 /// A number of ranks.
-fn count(text: &str) -> Result<usize, String> {
-    let count = text.parse().ok().filter(|n| (1..=4096).contains(n));
-    count.ok_or_else(|| "expected a number from 1 to 4096".to_owned())
+fn ranks(text: &str) -> Result<usize, String> {
+    let most = 4096;
+    count(text)?;
+    text.parse().ok().filter(|&n| n <= most).ok_or_else(|| format!("expected at most {most}"))
 }
