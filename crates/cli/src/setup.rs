@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use specforge_config::{CaptureDType, DeviceChoice, Recipe, RunPlan, TargetDType};
+use specforge_config::{CaptureDType, DeviceChoice, ParallelConfig, Recipe, RunPlan, TargetDType};
 use specforge_data::{ChatTemplate, Prepared, TokenCounts, Tokenizer, Unseen, read_prompts};
 use specforge_methods::{DraftMethod, Exchange, Frozen, Ranks, VocabMap};
 use specforge_models::{Capture, Target, TargetInfo};
@@ -164,8 +164,8 @@ pub(crate) fn frozen(plan: &RunPlan, info: &TargetInfo) -> Result<Frozen> {
 }
 
 /// How attention reaches the rows of other ranks.
-pub(crate) fn exchange(plan: &RunPlan) -> Exchange {
-    match plan.parallel.exchange {
+pub(crate) fn exchange(parallel: &ParallelConfig) -> Exchange {
+    match parallel.exchange {
         specforge_config::Exchange::Gather => Exchange::Gather,
         specforge_config::Exchange::Ring => Exchange::Ring,
         specforge_config::Exchange::Heads => Exchange::Heads,

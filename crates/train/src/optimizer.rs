@@ -15,9 +15,6 @@ use crate::checkpoint::{Index, Saved, Wanted};
 use crate::sent::agreed_bytes;
 use crate::{Result, Sent};
 
-/// Gradients do not depend on how attention reached other ranks' rows.
-const ANY: Exchange = Exchange::Ring;
-
 /// The ranks that train together.
 #[derive(Debug, Clone)]
 pub struct Ranks {
@@ -36,8 +33,12 @@ impl Ranks {
     #[must_use]
     pub fn of_batch(&self, exchange: Exchange) -> specforge_methods::Ranks {
         let ranks = self.mesh.sequence.clone();
-        let tensor = Some(self.mesh.tensor.clone());
-        specforge_methods::Ranks { tensor, sequence: Some(Sequence { ranks, exchange }) }
+        specforge_methods::Ranks { sequence: Some(Sequence { ranks, exchange }), ..self.of_matrices() }
+    }
+
+    /// Those that share matrices.
+    fn of_matrices(&self) -> specforge_methods::Ranks {
+        specforge_methods::Ranks { tensor: Some(self.mesh.tensor.clone()), sequence: None }
     }
 
     /// Whether this is the first rank, or shares matrices with it: together they have one whole draft.
@@ -180,16 +181,16 @@ impl Optimizer {
         (weight, lr): (f64, f64),
     ) -> Result<Later<StepReport>> {
         let Some(ranks) = &self.ranks else { return Ok(self.adamw.step(params, grads, weight, lr)?) };
-        let (of_batch, across) = (ranks.of_batch(ANY), ranks.across());
+        let (of_matrices, across) = (ranks.of_matrices(), ranks.across());
         let weight_lr = (weight / ranks.per_batch() as f64, lr);
         let mut sums = std::mem::take(&mut self.sums);
         let own = self.parts.as_ref().map_or(&*params, |parts| &parts.params);
         self.sent.agreed += agreed_bytes(own, ranks.mesh.tensor.size());
         let Some(parts) = &mut self.parts else {
-            of_batch.agree(params, &mut sums)?;
+            of_matrices.agree(params, &mut sums)?;
             return Ok(self.adamw.step_across(params, &sums, weight_lr, &across)?);
         };
-        of_batch.agree(&parts.params, &mut sums)?;
+        of_matrices.agree(&parts.params, &mut sums)?;
         let report = self.adamw.step_across(&mut parts.params, &sums, weight_lr, &across)?;
         parts.hand_back(params, ranks.level)?;
         if ranks.level != Level::Full {
@@ -230,7 +231,7 @@ impl Optimizer {
     /// The whole of a parameter that is there; of one that ranks share all of them call this.
     pub fn whole(&self, param: &Param) -> Result<Tensor> {
         let Some(ranks) = &self.ranks else { return Ok(param.value.clone()) };
-        Ok(ranks.of_batch(ANY).whole(param, &param.value)?)
+        Ok(ranks.of_matrices().whole(param, &param.value)?)
     }
 
     /// Goes on from a saved state, whatever number of ranks wrote it; `params` have the saved weights already.

@@ -221,7 +221,7 @@ fn layout(args: &Args, plan: &RunPlan, info: &TargetInfo) -> Result<Layout> {
 
 /// Fails where a training would: the draft cannot be shared like this.
 fn expect_shared(plan: &RunPlan, info: &TargetInfo, layout: Layout) -> Result<()> {
-    let exchange = setup::exchange(plan);
+    let exchange = setup::exchange(&plan.parallel);
     let (tensor, sequence) = (layout.tensor as usize, layout.sequence as usize);
     Ok(plan.method.check_shared(info, Counts { tensor, sequence, exchange })?)
 }

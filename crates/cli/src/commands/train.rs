@@ -382,7 +382,7 @@ impl Parts {
 
 /// The ranks that share a batch.
 fn of_batch(plan: &RunPlan, ranks: Option<&Ranks>) -> specforge_methods::Ranks {
-    ranks.map(|ranks| ranks.of_batch(setup::exchange(plan))).unwrap_or_default()
+    ranks.map(|ranks| ranks.of_batch(setup::exchange(&plan.parallel))).unwrap_or_default()
 }
 
 /// What is known of the target without its weights; fails where the draft cannot be trained for it, or by these ranks.
@@ -390,7 +390,8 @@ fn expect_possible(plan: &RunPlan) -> Result<TargetInfo> {
     let info = TargetInfo::read(&plan.target.path)?;
     info.expect_teacher()?;
     let (tensor, sequence) = (plan.parallel.tensor, plan.parallel.sequence);
-    plan.method.check_shared(&info, Counts { tensor, sequence, exchange: setup::exchange(plan) })?;
+    plan.method
+        .check_shared(&info, Counts { tensor, sequence, exchange: setup::exchange(&plan.parallel) })?;
     Ok(info)
 }
 

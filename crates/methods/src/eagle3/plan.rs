@@ -158,8 +158,9 @@ impl Plan {
     /// the slice's, and its own position.
     pub(super) fn all_rows(&self, batch: &Batch, device: Device) -> At {
         let (slice, rows) = (&self.slice, &self.slice.rows);
-        let is_last = |row: usize| batch.bounds.iter().any(|bounds| bounds.end == row + 1);
-        let token = rows.iter().map(|row| if is_last(row) { u32::MAX } else { slice.token(row, 1) });
+        let mut is_last = vec![false; batch.n_tokens()];
+        batch.bounds.iter().for_each(|bounds| is_last[bounds.end - 1] = true);
+        let token = rows.iter().map(|row| if is_last[row] { u32::MAX } else { slice.token(row, 1) });
         At::new(device, token.collect(), rows.iter().map(|row| batch.positions[row]).collect())
     }
 

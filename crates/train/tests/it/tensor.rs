@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::json;
-use specforge_methods::{Exchange, Sequence};
+use specforge_methods::Exchange;
 use specforge_parallel::{Level, Mesh, MeshShape, threads};
 use specforge_tensor::{DType, Device};
 use specforge_train::{Checkpoints, Outcome, Ranks, Trainer};
@@ -58,10 +58,7 @@ fn take_up(trainer: &mut Trainer<'_>) -> Option<u64> {
 }
 
 fn train(fixture: &Fixture, name: &str, ranks: Option<Ranks>, change: Change<'_>) -> Trained {
-    let of_batch = ranks.as_ref().map_or_else(specforge_methods::Ranks::default, |ranks| {
-        let sequence = Sequence { ranks: ranks.mesh.sequence.clone(), exchange: Exchange::Ring };
-        specforge_methods::Ranks { tensor: Some(ranks.mesh.tensor.clone()), sequence: Some(sequence) }
-    });
+    let of_batch = ranks.as_ref().map(|ranks| ranks.of_batch(Exchange::Ring)).unwrap_or_default();
     let (method, params) = fixture.shared(&of_batch);
     let mut trainer = fixture.trainer_of(name, method.as_ref(), params);
     let config = trainer.optimizer.config().clone();

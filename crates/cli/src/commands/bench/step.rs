@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use serde::Serialize;
+use specforge_config::ParallelConfig;
 use specforge_cuda::{Gemm, Gpu};
 use specforge_methods::eagle3::{Config, Eagle3};
 use specforge_models::TargetInfo;
@@ -21,8 +22,8 @@ use super::flops::{Rows, Sizes};
 use super::preset::{Preset, Tokens};
 use super::subject::{PHASES, Pending, Source, Subject};
 use super::{Output, Repeats};
-use crate::gpu;
 use crate::ranks::{Ending, Rank};
+use crate::{gpu, setup};
 
 /// Measure an EAGLE3 training step: 7 test-time-training steps, KL, AdamW with clipping.
 ///
@@ -128,18 +129,24 @@ struct Memory {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let info = args.preset.info()?;
     expect_length(args, &info)?;
-    Eagle3::check_shared(&Config::default(), &info, args.over.counts())?;
-    crate::ranks::on(&args.wanted()?, |device, rank| {
-        on_rank(args, &info, gpu::chosen(device)?, rank)?;
+    let wanted = args.wanted()?;
+    Eagle3::check_shared(&Config::default(), &info, args.over.counts(&wanted.parallel))?;
+    crate::ranks::on(&wanted, |device, rank| {
+        on_rank(args, &info, gpu::chosen(device)?, (rank, &wanted.parallel))?;
         Ok(Ending::Done)
     })
 }
 
-fn on_rank(args: &Args, info: &TargetInfo, device: Device, rank: &Rank) -> Result<()> {
+fn on_rank(
+    args: &Args,
+    info: &TargetInfo,
+    device: Device,
+    (rank, parallel): (&Rank, &ParallelConfig),
+) -> Result<()> {
     let config = Config::default();
     let storage = storage(args, device)?;
     let source = if args.mode == Mode::Online { Source::Target(storage) } else { Source::Store };
-    let ranks = rank.layout(&args.wanted()?.parallel)?.train;
+    let ranks = rank.layout(parallel)?.train;
     // Those that share a batch draw the same one.
     let number = rank.number() / args.over.of_batch();
     let data = Data::draw(args.tokens, (args.live, number), info.vocab_size);
@@ -148,7 +155,7 @@ fn on_rank(args: &Args, info: &TargetInfo, device: Device, rank: &Rank) -> Resul
     let rows = Rows::of(&data.bounds, &data.loss_mask, config.ttt_steps);
     // The draft is gone before the floor takes memory for its operands.
     let measured = {
-        let ranks = ranks.map(|ranks| (ranks, args.over.exchange()));
+        let ranks = ranks.map(|ranks| (ranks, setup::exchange(parallel)));
         let subject = Subject::new((info, vocab), &config, data, source, (device, ranks))?;
         measure(subject, args.repeats, device)?
     };

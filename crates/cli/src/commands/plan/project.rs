@@ -265,7 +265,7 @@ fn projection(subject: &Subject, (layout, accumulation): (Layout, usize), memory
         rows: &rows,
         micro_batches: of_rank as f64,
         element: element as f64,
-        exchange: subject.plan.parallel.exchange,
+        exchange: plan.parallel.exchange,
     };
     let launches = if subject.device == Device::Cpu { 0.0 } else { LAUNCHES * of_rank as f64 };
     let optimizer = card.optimizer(dims, layout.tensor, layout.shards());

@@ -10,6 +10,7 @@ use specforge_methods::Counts;
 use super::super::count;
 use super::{Args, Mode};
 use crate::ranks::Wanted;
+use crate::setup;
 
 /// Over which ranks a step goes.
 #[derive(Debug, Clone, Copy, clap::Args, Serialize)]
@@ -68,31 +69,32 @@ impl Over {
     }
 
     /// Those that share a batch, and how.
-    pub(super) fn counts(&self) -> Counts {
-        Counts { tensor: self.tensor, sequence: self.sequence, exchange: self.exchange() }
-    }
-
-    pub(super) fn exchange(&self) -> specforge_methods::Exchange {
-        match self.exchange {
-            Exchange::Gather => specforge_methods::Exchange::Gather,
-            Exchange::Ring => specforge_methods::Exchange::Ring,
-            Exchange::Heads => specforge_methods::Exchange::Heads,
-        }
+    pub(super) fn counts(&self, parallel: &ParallelConfig) -> Counts {
+        Counts { tensor: self.tensor, sequence: self.sequence, exchange: setup::exchange(parallel) }
     }
 
     fn parallel(&self, device: DeviceChoice) -> ParallelConfig {
         let fsdp = [Fsdp::None, Fsdp::Optimizer, Fsdp::Gradients, Fsdp::Full][usize::from(self.zero)];
         let reduce = if self.reduce == Reduce::Bf16 { ReduceDType::Bf16 } else { ReduceDType::F32 };
-        let on_cpu = device == DeviceChoice::Cpu || Gpu::count().unwrap_or(0) == 0;
+        let exchange = match self.exchange {
+            Exchange::Gather => specforge_config::Exchange::Gather,
+            Exchange::Ring => specforge_config::Exchange::Ring,
+            Exchange::Heads => specforge_config::Exchange::Heads,
+        };
+        let on_cpu = match device {
+            DeviceChoice::Auto => Gpu::count().unwrap_or(0) == 0,
+            chosen => chosen == DeviceChoice::Cpu,
+        };
         ParallelConfig {
             data: Some(self.data),
             fsdp,
             reduce,
             sequence: self.sequence,
+            exchange,
             tensor: self.tensor,
             // Each rank has the whole, where there is one.
             target_tensor: Some(1),
-            ranks_in_process: on_cpu && device != DeviceChoice::Cuda && self.all() > 1,
+            ranks_in_process: on_cpu && self.all() > 1,
             ..ParallelConfig::default()
         }
     }
